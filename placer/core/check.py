@@ -1,0 +1,141 @@
+"""Is this plan legal for this problem? Shares no code with any solver; refuses what the engines silently accept."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from placer.core.plan import Plan
+from placer.core.problem import PlacementProblem
+
+__all__ = ["Violation", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule: a stable code, where it is, and a line that names the value and the mend."""
+
+    code: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code} at {self.where}: {self.message}"
+
+
+def check(problem: PlacementProblem, plan: Plan) -> list[Violation]:
+    """Every rule that `plan` breaks, in reading order; empty means legal.
+
+    Codes: layers, slots, ranks, experts, id-range, empty-slot, missing-expert, same-rank-replicas, share, memory,
+    max-par.
+    The load cap is judged on the problem's own counts with each replica taking its share.
+    """
+    found: list[Violation] = []
+    model, cluster = problem.profile.model, problem.cluster
+    layers, slots = plan.slot_expert_LP.shape
+    if layers != model.num_sites:
+        message = f"{layers} rows, but model {model.name!r} has {model.num_sites} MoE layers; solve for this model"
+        found.append(Violation("layers", "plan", message))
+    if tuple(plan.moe_layers) != model.moe_layers:
+        message = (
+            f"rows are for layers {_short(plan.moe_layers)}, the model's MoE layers are {_short(model.moe_layers)}"
+        )
+        found.append(Violation("layers", "plan.moe_layers", message))
+    if plan.num_experts != model.num_experts:
+        message = f"{plan.num_experts} experts, but the model has {model.num_experts}; solve for this model"
+        found.append(Violation("experts", "plan.num_experts", message))
+    if (plan.num_ranks, plan.ranks_per_node) != (cluster.num_ranks, cluster.ranks_per_node):
+        message = (
+            f"{plan.num_ranks} ranks, {plan.ranks_per_node} a node; cluster {cluster.name!r} has {cluster.num_ranks}, "
+            f"{cluster.ranks_per_node} a node; solve for this cluster"
+        )
+        found.append(Violation("ranks", "plan.num_ranks", message))
+    if slots % plan.num_ranks:
+        message = f"{slots} slots do not divide over {plan.num_ranks} ranks; every rank needs the same number"
+        found.append(Violation("slots", "plan.slot_expert_LP", message))
+    elif not problem.allow_empty_slots and slots != problem.num_slots:
+        message = f"{slots} slots a layer; the problem has {model.num_experts} + {problem.redundant} redundant"
+        found.append(Violation("slots", "plan.slot_expert_LP", message))
+    if found:
+        return found
+    for layer in range(layers):
+        found.extend(_check_layer(problem, plan, layer))
+    found.extend(_check_memory(problem, plan))
+    return found
+
+
+def _check_layer(problem: PlacementProblem, plan: Plan, layer: int) -> list[Violation]:
+    found = []
+    row = plan.slot_expert_LP[layer]
+    experts = problem.profile.model.num_experts
+    where = f"layer {plan.moe_layers[layer]}"
+    for slot in np.flatnonzero((row < -1) | (row >= experts)):
+        message = f"slot {slot} has expert {row[slot]}; ids go from 0 to {experts - 1}"
+        found.append(Violation("id-range", where, message))
+    if not problem.allow_empty_slots and (row == -1).any():
+        message = f"slot {int(np.argmax(row == -1))} is empty (-1); engines need an expert in every slot"
+        found.append(Violation("empty-slot", where, message))
+    if found:
+        return found
+    per_rank = row.reshape(plan.num_ranks, -1)
+    held_RE = np.zeros((plan.num_ranks, experts), dtype=np.int64)
+    ranks = np.repeat(np.arange(plan.num_ranks), per_rank.shape[1])
+    np.add.at(held_RE, (ranks[row >= 0], row[row >= 0]), 1)
+    missing = np.flatnonzero(held_RE.sum(axis=0) == 0)
+    if len(missing):
+        message = f"expert {missing[0]} has no slot ({len(missing)} missing); its tokens would be lost"
+        found.append(Violation("missing-expert", where, message))
+    for rank, expert in np.argwhere(held_RE > 1):
+        message = f"rank {rank} holds expert {expert} {held_RE[rank, expert]} times; replicas belong on distinct ranks"
+        found.append(Violation("same-rank-replicas", where, message))
+    if plan.replica_share_LP is not None:
+        found.extend(_check_share(plan, layer, experts))
+    if not found and problem.max_par is not None:
+        load_R = _load(problem, plan, layer)
+        worst = float(load_R.max() / load_R.mean()) if load_R.sum() > 0 else 1.0
+        if worst > problem.max_par + 1e-9:
+            message = f"max / mean rank load is {worst:.4f}, the limit is {problem.max_par:g}; raise --max-par"
+            found.append(Violation("max-par", where, message))
+    return found
+
+
+def _check_share(plan: Plan, layer: int, experts: int) -> list[Violation]:
+    assert plan.replica_share_LP is not None
+    where = f"layer {plan.moe_layers[layer]}"
+    if plan.replica_share_LP.shape != plan.slot_expert_LP.shape:
+        message = f"replica_share_LP is {plan.replica_share_LP.shape}, slot_expert_LP {plan.slot_expert_LP.shape}"
+        return [Violation("share", where, message)]
+    share, row = plan.replica_share_LP[layer], plan.slot_expert_LP[layer]
+    if not np.isfinite(share).all() or (share < 0).any():
+        return [Violation("share", where, "a share is negative or not a number; shares lie between 0 and 1")]
+    total = np.bincount(row[row >= 0], weights=share[row >= 0], minlength=experts)
+    if np.abs(total - 1).max() > 1e-3:
+        expert = int(np.abs(total - 1).argmax())
+        return [Violation("share", where, f"shares of expert {expert} add up to {total[expert]:.4f}; they must be 1")]
+    return []
+
+
+def _load(problem: PlacementProblem, plan: Plan, layer: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    row = plan.slot_expert_LP[layer]
+    load_E = problem.profile.load_LE[layer]
+    count_E = np.bincount(row[row >= 0], minlength=len(load_E))
+    if plan.replica_share_LP is None:
+        share = np.where(row >= 0, 1.0 / np.maximum(1, count_E)[row], 0.0)
+    else:
+        share = plan.replica_share_LP[layer]
+    load_P: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.where(row >= 0, load_E[row] * share, 0.0)
+    return load_P.reshape(plan.num_ranks, -1).sum(axis=1)
+
+
+def _check_memory(problem: PlacementProblem, plan: Plan) -> list[Violation]:
+    model, cluster = problem.profile.model, problem.cluster
+    held_R = (plan.slot_expert_LP >= 0).reshape(len(plan.slot_expert_LP), plan.num_ranks, -1).sum(axis=(0, 2))
+    worst = int(held_R.argmax())
+    need = int(held_R[worst]) * model.expert_bytes
+    if need <= cluster.memory_bytes:
+        return []
+    message = f"needs {need / 2**30:.1f} GiB of experts; {cluster.name!r} has {cluster.memory_gib:g} GiB a rank"
+    return [Violation("memory", f"rank {worst}", message)]
+
+
+def _short(values: tuple[int, ...]) -> str:
+    return str(list(values)) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

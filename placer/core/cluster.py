@@ -1,0 +1,126 @@
+"""ClusterSpec: ranks, nodes, links and the speed of one rank.
+
+One rank is one accelerator (an EP rank). Ranks are numbered node by node: rank = node * ranks_per_node + local rank.
+Gigabytes per second are bytes per nanosecond, so bandwidths need no conversion against the nanosecond clock.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.errors import InputFileError, UsageError
+
+__all__ = ["ClusterSpec", "Compute", "LinkClass"]
+
+
+def _positive(owner: str, field: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{owner}.{field} is {value!r}; give a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkClass:
+    """One class of port: time of a message of n bytes = alpha_us + n / gbytes_per_s, each direction by itself."""
+
+    gbytes_per_s: float
+    alpha_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("link", "gbytes_per_s", self.gbytes_per_s)
+        if not math.isfinite(self.alpha_us) or self.alpha_us < 0:
+            raise UsageError(f"link.alpha_us is {self.alpha_us!r}; give microseconds per message, 0 or more")
+
+    @property
+    def alpha_ns(self) -> float:
+        """Fixed cost of one message in nanoseconds."""
+        return self.alpha_us * 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """Speed of one rank. A grouped expert GEMM takes launch + sum over experts of max(weight read, flops)."""
+
+    tflops: float
+    weight_read_gbytes_per_s: float
+    launch_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("compute", "tflops", self.tflops)
+        _positive("compute", "weight_read_gbytes_per_s", self.weight_read_gbytes_per_s)
+        if not math.isfinite(self.launch_us) or self.launch_us < 0:
+            raise UsageError(f"compute.launch_us is {self.launch_us!r}; give microseconds, 0 or more")
+
+    @property
+    def flops_per_ns(self) -> float:
+        """Floating-point operations per nanosecond."""
+        return self.tflops * 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """`nodes` x `ranks_per_node` equal ranks.
+
+    `intra` is each rank's port to its node's other ranks, `inter` each rank's own network port (its NIC), `uplink` the
+    network port that a whole node shares (None: the sum of the NICs is the only limit). Full duplex everywhere.
+    """
+
+    name: str
+    nodes: int
+    ranks_per_node: int
+    memory_gib: float
+    intra: LinkClass
+    inter: LinkClass
+    compute: Compute
+    uplink: LinkClass | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("nodes", "ranks_per_node"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"cluster.{field} is {value!r}; give a positive integer")
+        _positive("cluster", "memory_gib", self.memory_gib)
+
+    @property
+    def num_ranks(self) -> int:
+        """R, the EP size."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one rank's memory that expert weights may fill."""
+        return int(self.memory_gib * 2**30)
+
+    @property
+    def node_R(self) -> npt.NDArray[np.int64]:
+        """Node of each rank, (R,)."""
+        return np.arange(self.num_ranks) // self.ranks_per_node
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON form."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the YAML form of a cluster has the same keys."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "cluster") -> "ClusterSpec":
+        """Inverts `to_dict`. Raises InputFileError naming `where`."""
+        try:
+            fields = dict(data)
+            for link in ("intra", "inter", "uplink"):
+                if fields.get(link) is not None:
+                    fields[link] = LinkClass(**fields[link])
+            fields["compute"] = Compute(**fields["compute"])
+            return cls(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputFileError(f"{where}: not a cluster description ({error})") from error
+        except UsageError as error:
+            raise InputFileError(f"{where}: {error}") from error

@@ -1,0 +1,161 @@
+"""Plan: where every physical expert lives and how tokens reach it. JSON, one line per layer, versioned, hashed.
+
+Legend: L routing sites, P physical slots, R ranks, E logical experts.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.atomic import write_text_atomically
+from placer.core.errors import InputFileError, UsageError
+from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode, ReplicaChoice
+
+__all__ = ["Plan", "canonical_slots"]
+
+FORMAT = "placer-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One placement. Slot p of every layer lives on rank p // (P / R): contiguous blocks, as every engine has it.
+
+    slot_expert_LP    int64 (L, P)   logical expert in each slot; -1 = empty (uneven experts per rank: placer's own
+                      executor and simulator take it, no engine does)
+    replica_share_LP  float64 (L, P) or None   share of its expert's tokens that a slot should get (visit_first uses it
+                      where a token visits no replica's rank anyway); None means equal shares
+    moe_layers        absolute layer id of each row
+    hashes            SHA-256 of the trace, model, cluster and limits it was solved for
+    """
+
+    model: str
+    num_experts: int
+    num_ranks: int
+    ranks_per_node: int
+    moe_layers: tuple[int, ...]
+    slot_expert_LP: npt.NDArray[np.int64]
+    mode: DispatchMode
+    replica_choice: ReplicaChoice = "visit_first"
+    replica_share_LP: npt.NDArray[np.float64] | None = None
+    solver: str = ""
+    status: str = ""
+    stopped_by: str = ""
+    objective_name: str = ""
+    objective: float | None = None
+    bound: float | None = None
+    bound_by: str = ""
+    seed: int = 0
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.slot_expert_LP.ndim != 2:
+            raise UsageError(f"plan.slot_expert_LP has {self.slot_expert_LP.ndim} axes; it needs (layers, slots)")
+        for name in ("num_experts", "num_ranks", "ranks_per_node"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"plan.{name} is {value!r}; give a positive integer")
+        if self.mode not in DISPATCH_MODES:
+            raise UsageError(f"plan.mode is {self.mode!r}; use one of {', '.join(DISPATCH_MODES)}")
+        if self.replica_choice not in REPLICA_CHOICES:
+            raise UsageError(f"plan.replica_choice is {self.replica_choice!r}; use one of {', '.join(REPLICA_CHOICES)}")
+
+    @property
+    def num_slots(self) -> int:
+        """P, physical experts per layer."""
+        return int(self.slot_expert_LP.shape[1])
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots of each rank in each layer."""
+        return self.num_slots // self.num_ranks
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / objective, or None where either is unknown."""
+        if self.objective is None or self.bound is None:
+            return None
+        return 0.0 if self.objective == 0 else max(0.0, (self.objective - self.bound) / abs(self.objective))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the JSON form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical text: same Plan, same bytes; one line per layer so that `diff` reads well."""
+        head = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_LP")}
+        head = {"format": FORMAT, "version": VERSION, **head, "gap": self.gap}
+        lines = [f" {json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in head.items()]
+        lines.append(f' "slot_expert_LP": {_rows(self.slot_expert_LP.tolist())}')
+        if self.replica_share_LP is not None:
+            lines.append(f' "replica_share_LP": {_rows(np.round(self.replica_share_LP, 6).tolist())}')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def save(self, path: Path) -> None:
+        """Writes the plan, whole or not at all."""
+        write_text_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Reads what `save` wrote. Raises InputFileError; `check` says whether the plan is legal for a problem."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise InputFileError(f"{path}: is not JSON ({error}); give a plan that placer wrote") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise InputFileError(
+                f"{path}: is not a placer plan (no format: {FORMAT!r}); give what `placer solve` wrote"
+            )
+        if (version := data.pop("version", None)) != VERSION:
+            raise InputFileError(f"{path}: plan version {version!r}; this placer reads version {VERSION}")
+        data.pop("gap", None)
+        names = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - names):
+            raise InputFileError(f"{path}: unknown field {unknown[0]!r}; remove it or use a newer placer")
+        try:
+            data["slot_expert_LP"] = _matrix(data["slot_expert_LP"], np.int64, "slot_expert_LP")
+            if data.get("replica_share_LP") is not None:
+                data["replica_share_LP"] = _matrix(data["replica_share_LP"], np.float64, "replica_share_LP")
+            data["moe_layers"] = tuple(int(layer) for layer in data["moe_layers"])
+            data["hashes"] = {str(k): str(v) for k, v in dict(data.get("hashes", {})).items()}
+            for name in ("objective", "bound"):
+                if data.get(name) is not None and not math.isfinite(float(data[name])):
+                    raise ValueError(f"{name} is {data[name]}")
+            return cls(**data)
+        except KeyError as error:
+            raise InputFileError(f"{path}: field {error} is missing; give what `placer solve` wrote") from error
+        except (TypeError, ValueError, OverflowError, UsageError) as error:
+            raise InputFileError(f"{path}: damaged plan ({error})") from error
+
+
+def canonical_slots(slot_expert_LP: npt.NDArray[np.int64], num_ranks: int) -> npt.NDArray[np.int64]:
+    """The same placement with each rank's experts in ascending order, (L, P): equal placements get equal bytes."""
+    layers, slots = slot_expert_LP.shape
+    return np.sort(slot_expert_LP.reshape(layers, num_ranks, slots // num_ranks), axis=2).reshape(layers, slots)
+
+
+def _rows(rows: list[list[Any]]) -> str:
+    return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]"
+
+
+def _matrix(rows: Any, dtype: Any, name: str) -> npt.NDArray[Any]:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"{name} must be a list of rows, one per layer")
+    if len({len(row) for row in rows}) != 1:
+        widths = sorted({len(row) for row in rows})
+        raise ValueError(f"{name} has rows of different lengths {widths}; every layer needs the same number of slots")
+    allowed = (int,) if dtype is np.int64 else (int, float)
+    for layer, row in enumerate(rows):
+        for value in row:
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise ValueError(f"{name} row {layer} has {value!r}; give numbers")
+    return np.asarray(rows, dtype=dtype)

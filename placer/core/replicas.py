@@ -1,0 +1,196 @@
+"""Which physical slot serves each (token, expert) pair: the engines' replica choices and ours.
+
+Legend: E logical experts, N replicas of one expert, P slots, R ranks, S source ranks, T tokens, K top-k.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.modes import ReplicaChoice
+
+__all__ = ["LayerSlots", "choose_slots", "layer_slots"]
+
+IntArray = npt.NDArray[np.int64]
+FIBONACCI_32 = np.uint64(2654435769)
+LOW_32 = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSlots:
+    """One layer of a plan, turned round: from expert to slots.
+
+    slot_EN int64, -1 padded; count_E replicas per expert (0 where an expert has no slot); rank_P rank of each slot;
+    share_P share of its expert's tokens each slot should get; node_R node of each rank.
+    """
+
+    slot_EN: IntArray
+    count_E: IntArray
+    rank_P: IntArray
+    share_P: npt.NDArray[np.float64]
+    node_R: IntArray
+
+    @property
+    def num_ranks(self) -> int:
+        """R, ranks."""
+        return len(self.node_R)
+
+
+def layer_slots(
+    slot_expert_P: IntArray,
+    num_experts: int,
+    num_ranks: int,
+    ranks_per_node: int,
+    share_P: npt.NDArray[np.float64] | None = None,
+) -> LayerSlots:
+    """The inverse of one row of a plan. Slots holding -1 are empty."""
+    num_slots = len(slot_expert_P)
+    used = np.flatnonzero(slot_expert_P >= 0)
+    order = used[np.argsort(slot_expert_P[used], kind="stable")]
+    expert = slot_expert_P[order]
+    count_E = np.bincount(expert, minlength=num_experts)
+    first_E = np.concatenate(([0], np.cumsum(count_E)[:-1]))
+    slot_EN = np.full((num_experts, max(1, int(count_E.max(initial=1)))), -1, dtype=np.int64)
+    slot_EN[expert, np.arange(len(order)) - first_E[expert]] = order
+    if share_P is None:
+        share_P = np.zeros(num_slots)
+        share_P[used] = 1.0 / count_E[slot_expert_P[used]]
+    ranks = np.arange(num_ranks)
+    return LayerSlots(
+        slot_EN=slot_EN,
+        count_E=count_E.astype(np.int64),
+        rank_P=np.arange(num_slots) // (num_slots // num_ranks),
+        share_P=share_P,
+        node_R=ranks // ranks_per_node,
+    )
+
+
+def choose_slots(
+    slots: LayerSlots,
+    choice: ReplicaChoice,
+    expert_TK: npt.NDArray[np.integer],
+    source_T: IntArray,
+    token_T: IntArray,
+) -> IntArray:
+    """The slot that serves each chosen expert, int64 (T, K); -1 where expert_TK is not a placed expert.
+
+    `source_T` is the rank a token's attention runs on, `token_T` its index (for the hashing rules). The rules:
+
+    visit_first       a replica on a rank that the token visits anyway (for an expert with one slot, or chosen before);
+                      else one on its source rank; else by hash in proportion to `share_P`. Stateless: every rank
+                      computes the same answer. Ours; see docs/decisions/0004.
+    nearest           SGLang static: per source rank, a replica on that rank, else on its node, else a fixed fair draw.
+    local_or_uniform  SGLang dynamic: the local replica if there is one, else uniform over all.
+    token_hash        vLLM: (token * 2654435769 mod 2^32) mod replicas.
+    fixed_source      vllm-ascend: source rank mod replicas.
+    round_robin       TensorRT-LLM: each source rank deals its tokens to the replicas in turn, from its own index on.
+    """
+    num_experts = len(slots.count_E)
+    legal_TK = (expert_TK >= 0) & (expert_TK < num_experts)
+    expert = np.where(legal_TK, expert_TK, 0).astype(np.int64)
+    slot_TK = slots.slot_EN[expert, 0]
+    slot_TK[~legal_TK] = -1
+    several_TK = legal_TK & (slots.count_E[expert] > 1)
+    if not several_TK.any():
+        return slot_TK
+    if choice == "visit_first":
+        _visit_first(slots, expert, legal_TK, several_TK, source_T, token_T, slot_TK)
+        return slot_TK
+    row, column = np.nonzero(several_TK)
+    chosen = expert[row, column]
+    count = slots.count_E[chosen]
+    source = source_T[row]
+    if choice == "token_hash":
+        pick = ((token_T[row].astype(np.uint64) * FIBONACCI_32) & LOW_32).astype(np.int64) % count
+    elif choice == "fixed_source":
+        pick = source % count
+    elif choice == "round_robin":
+        pick = (_turn(chosen, source) + source) % count
+    elif choice == "nearest":
+        pick = _nearest_table(slots)[source, chosen]
+    else:
+        candidate_N = slots.slot_EN[chosen]
+        local = (slots.rank_P[candidate_N] == source[:, None]) & (candidate_N >= 0)
+        uniform = (_unit_hash(token_T[row], chosen) * count).astype(np.int64)
+        pick = np.where(local.any(axis=1), local.argmax(axis=1), uniform)
+    slot_TK[row, column] = slots.slot_EN[chosen, pick]
+    return slot_TK
+
+
+def _visit_first(
+    slots: LayerSlots,
+    expert_TK: IntArray,
+    legal_TK: npt.NDArray[np.bool_],
+    several_TK: npt.NDArray[np.bool_],
+    source_T: IntArray,
+    token_T: IntArray,
+    slot_TK: IntArray,
+) -> None:
+    """Fills slot_TK where several_TK; one vectorised step per column of top-k."""
+    hit_T = np.flatnonzero(several_TK.any(axis=1))
+    visited_TR = np.zeros((len(hit_T), slots.num_ranks), dtype=bool)
+    row, column = np.nonzero((legal_TK & ~several_TK)[hit_T])
+    placed = slot_TK[hit_T][row, column]
+    visited_TR[row[placed >= 0], slots.rank_P[placed[placed >= 0]]] = True
+    for k in range(expert_TK.shape[1]):
+        row = np.flatnonzero(several_TK[hit_T, k])
+        if not len(row):
+            continue
+        token = hit_T[row]
+        expert = expert_TK[token, k]
+        candidate_N = slots.slot_EN[expert]
+        exists = candidate_N >= 0
+        rank_N = slots.rank_P[candidate_N]
+        seen = visited_TR[row[:, None], rank_N] & exists
+        home = (rank_N == source_T[token][:, None]) & exists
+        pool = np.where(seen.any(axis=1)[:, None], seen, np.where(home.any(axis=1)[:, None], home, exists))
+        weight = np.where(pool, np.maximum(slots.share_P[candidate_N], 1e-9), 0.0)
+        ladder = np.cumsum(weight, axis=1)
+        level = _unit_hash(token_T[token], expert)[:, None] * ladder[:, -1:]
+        pick = np.minimum((ladder <= level).sum(axis=1), slots.count_E[expert] - 1)
+        slot_TK[token, k] = candidate_N[np.arange(len(row)), pick]
+        visited_TR[row, rank_N[np.arange(len(row)), pick]] = True
+
+
+def _unit_hash(token: IntArray, expert: IntArray) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) from (token, expert): the finaliser of MurmurHash3, so that neighbours differ."""
+    with np.errstate(over="ignore"):
+        x = token.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + expert.astype(np.uint64)
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+        x = x ^ (x >> np.uint64(33))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _turn(expert: IntArray, source: IntArray) -> IntArray:
+    """How many earlier entries have the same (expert, source): the round-robin counters."""
+    key = expert * (int(source.max(initial=0)) + 1) + source
+    order = np.argsort(key, kind="stable")
+    key_sorted = key[order]
+    starts = np.flatnonzero(np.concatenate(([True], key_sorted[1:] != key_sorted[:-1])))
+    length = np.diff(np.concatenate((starts, [len(key)])))
+    turn = np.empty(len(key), dtype=np.int64)
+    turn[order] = np.arange(len(key)) - np.repeat(starts, length)
+    return turn
+
+
+def _nearest_table(slots: LayerSlots) -> IntArray:
+    """pick_SE: which replica source rank s uses for expert e. The fixed draw is seeded with 42, as SGLang's is."""
+    rng = np.random.default_rng(42)
+    num_experts = len(slots.count_E)
+    table = np.zeros((slots.num_ranks, num_experts), dtype=np.int64)
+    for expert in np.flatnonzero(slots.count_E > 1):
+        count = int(slots.count_E[expert])
+        rank_N = slots.rank_P[slots.slot_EN[expert, :count]]
+        fair = rng.permutation(np.resize(np.arange(count), slots.num_ranks))
+        for source in range(slots.num_ranks):
+            same_rank = np.flatnonzero(rank_N == source)
+            same_node = np.flatnonzero(slots.node_R[rank_N] == slots.node_R[source])
+            if len(same_rank):
+                table[source, expert] = same_rank[0]
+            elif len(same_node):
+                table[source, expert] = same_node[fair[source] % len(same_node)]
+            else:
+                table[source, expert] = fair[source]
+    return table

@@ -1,0 +1,114 @@
+"""Timeline: what happened when on which rank; simulated or measured, the same type.
+
+Legend: I spans (one phase of one layer on one rank), R ranks.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.atomic import write_text_atomically
+from placer.core.errors import InputFileError, UsageError
+
+__all__ = ["PHASES", "Timeline"]
+
+PHASES = ("attention", "dispatch", "experts", "combine", "gather")
+"""Phase codes are indices into this tuple. `gather` is the all-gather of contexts or tokens between iterations."""
+
+COLUMNS = ("iteration", "layer", "phase", "rank", "start_ns", "duration_ns", "sent_bytes", "received_bytes", "tokens")
+FORMAT = "placer-timeline"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Columns of equal length I, ordered by (iteration, start_ns, rank), and what they describe.
+
+    `layer` is the routing site's index (-1 where a span belongs to no layer). `tokens` counts (token, expert) pairs
+    computed in `experts` spans, token copies sent in `dispatch` and `combine`. `about` says how it was made: at least
+    source ("simulated" or "measured"), mode, num_ranks, ranks_per_node, plan_sha256, trace_sha256,
+    tokens_per_iteration.
+    """
+
+    about: dict[str, Any]
+    iteration: npt.NDArray[np.int32]
+    layer: npt.NDArray[np.int32]
+    phase: npt.NDArray[np.int8]
+    rank: npt.NDArray[np.int32]
+    start_ns: npt.NDArray[np.int64]
+    duration_ns: npt.NDArray[np.int64]
+    sent_bytes: npt.NDArray[np.int64]
+    received_bytes: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        length = len(self.start_ns)
+        for name in COLUMNS:
+            if getattr(self, name).shape != (length,):
+                raise UsageError(f"timeline.{name} has shape {getattr(self, name).shape}; start_ns has ({length},)")
+        for name in ("source", "mode", "num_ranks"):
+            if name not in self.about:
+                raise UsageError(f"timeline.about lacks {name!r}")
+        if length and (int(self.duration_ns.min()) < 0 or int(self.start_ns.min()) < 0):
+            raise UsageError("timeline: a span starts before 0 or lasts less than 0 ns")
+
+    @property
+    def num_iterations(self) -> int:
+        """How many iterations the spans cover."""
+        return int(self.iteration.max()) + 1 if len(self.iteration) else 0
+
+    def iteration_ns(self) -> npt.NDArray[np.int64]:
+        """Length of each iteration: last end minus first start over all ranks."""
+        count = self.num_iterations
+        first = np.full(count, np.iinfo(np.int64).max, dtype=np.int64)
+        last = np.zeros(count, dtype=np.int64)
+        np.minimum.at(first, self.iteration, self.start_ns)
+        np.maximum.at(last, self.iteration, self.start_ns + self.duration_ns)
+        return last - first
+
+    def phase_ns(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Per phase and iteration, the sum over layers of the slowest rank's span, (iterations,) each."""
+        result: dict[str, npt.NDArray[np.int64]] = {}
+        layers = int(self.layer.max()) + 2 if len(self.layer) else 1
+        for code, name in enumerate(PHASES):
+            pick = self.phase == code
+            if not pick.any():
+                continue
+            slowest = np.zeros((self.num_iterations, layers), dtype=np.int64)
+            np.maximum.at(slowest, (self.iteration[pick], self.layer[pick] + 1), self.duration_ns[pick])
+            result[name] = slowest.sum(axis=1)
+        return result
+
+    def to_json(self) -> str:
+        """Canonical text: same Timeline, same bytes."""
+        head = {"format": FORMAT, "version": VERSION, "about": self.about}
+        lines = [f"  {json.dumps(name)}: {json.dumps(getattr(self, name).tolist())}" for name in COLUMNS]
+        return json.dumps(head, sort_keys=True)[:-1] + ',\n "columns": {\n' + ",\n".join(lines) + "\n }}\n"
+
+    def save(self, path: Path) -> None:
+        """Writes the Timeline as JSON, whole or not at all."""
+        write_text_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "Timeline":
+        """Reads what `save` wrote. Raises InputFileError."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise InputFileError(f"{path}: is not JSON ({error}); give a Timeline that placer wrote") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputFileError(f"{path}: is not a placer Timeline; give what simulate or run wrote")
+        if data.get("version") != VERSION:
+            raise InputFileError(f"{path}: Timeline version {data.get('version')!r}; this placer reads {VERSION}")
+        types = {"iteration": np.int32, "layer": np.int32, "phase": np.int8, "rank": np.int32}
+        try:
+            columns = {n: np.asarray(data["columns"][n], dtype=types.get(n, np.int64)).reshape(-1) for n in COLUMNS}
+            return cls(about=dict(data["about"]), **columns)
+        except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
+            raise InputFileError(f"{path}: damaged Timeline ({error})") from error

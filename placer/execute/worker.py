@@ -1,0 +1,267 @@
+"""`python -m placer.execute.worker JOB.json [JOB.json ...]`: one rank, started by torchrun on any number of machines.
+
+Several jobs are measured together: every round runs one iteration of each, in a seeded random order, so that drift of
+the machine falls on all alike (paired comparison). The same code runs on gloo and on NCCL.
+
+Legend: R ranks, I iterations, M marks, L sites.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from placer.core.errors import ExecutionError, PlacerError, UsageError
+from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
+from placer.execute.dispatch import metadata_bytes
+from placer.execute.heartbeat import Heartbeat, die_with
+from placer.execute.job import Backend, ReplayJob
+from placer.execute.loop import Clock, PreparedJob, first_hidden, prepare, run_iteration
+from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
+
+__all__ = ["RankEnvironment", "choose_device", "main"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """What the launcher tells a rank, read once."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    local_ranks: int
+    folder: RunFolder | None
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "RankEnvironment":
+        """From torchrun's variables and, where `run_ranks` started us, its folder. Raises UsageError."""
+        try:
+            numbers = [int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"the environment lacks {error}; start the worker with torchrun") from error
+        folder = environ.get(RunFolder.VARIABLE)
+        return cls(*numbers, folder=RunFolder(Path(folder)) if folder else None)
+
+
+@dataclass(slots=True)
+class Record:
+    """What one rank keeps of one job."""
+
+    times_IM: list[IntArray]
+    counts_IL3: list[IntArray]
+    outputs: list[Tensor]
+
+
+def choose_device(backend: Backend, environment: RankEnvironment, cuda_devices: int) -> torch.device:
+    """The rank's device; a CUDA one means NCCL. Raises ExecutionError where NCCL is asked for and cannot be had."""
+    enough = cuda_devices >= environment.local_ranks
+    if backend == "nccl" and not enough:
+        raise ExecutionError(
+            f"backend nccl needs a CUDA device for each of the {environment.local_ranks} ranks of this machine, which "
+            f"has {cuda_devices}; use backend gloo or fewer ranks"
+        )
+    if backend == "gloo" or not enough:
+        return torch.device("cpu")
+    return torch.device("cuda", environment.local_rank)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the jobs named; returns the exit code, having said in one line on standard error what went wrong."""
+    rank, folder = int(os.environ.get("RANK", "0")), None
+    try:
+        environment = RankEnvironment.read(os.environ)
+        folder = environment.folder
+        _watch(environment)
+        if not arguments:
+            raise UsageError("no job given; usage: torchrun ... -m placer.execute.worker JOB.json")
+        _run(environment, [ReplayJob.load(Path(argument)) for argument in arguments])
+    except PlacerError as error:
+        lost = isinstance(error.__cause__, RuntimeError) and _is_lost_contact(error.__cause__)
+        if folder is not None:
+            folder.report(rank, type(error).__name__, str(error), lost_contact=lost)
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _watch(environment: RankEnvironment) -> None:
+    """Makes this rank end with its launcher, and a programming error leave its reason where the launcher looks."""
+    folder = environment.folder
+    if folder is None:
+        return
+    if folder.lock.exists():
+        die_with(folder.lock)
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        folder.report(environment.rank, "ExecutionError", f"{kind.__name__}: {error}", lost_contact=False)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+
+
+def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
+    rank, num_ranks = environment.rank, environment.num_ranks
+    if len({(job.iterations, job.warmup, job.backend) for job in jobs}) > 1:
+        raise UsageError("jobs measured together need the same iterations, warmup and backend")
+    heartbeat = Heartbeat(environment.folder and environment.folder.heartbeats, rank)
+    device = choose_device(jobs[0].backend, environment, torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    cache: dict[Any, Any] = {}
+    prepared = [prepare(job, rank, num_ranks, device, cache) for job in jobs]
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=max(job.timeout_s for job in jobs))
+        )
+        records = _measure(prepared, rank, heartbeat)
+        heartbeat.finish()
+        timelines = _collect(prepared, records, environment)
+        _barrier()
+        dist.destroy_process_group()
+    except (RuntimeError, MemoryError, OSError) as error:
+        # gloo, NCCL, CUDA and the rendezvous all report with these
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ExecutionError(text) from error
+    if rank == 0:
+        _say("checking outputs and writing results")
+        for one, (timeline, output_TH) in zip(prepared, timelines, strict=True):
+            if output_TH is not None:
+                timeline.about.update(judge_outputs(one, output_TH))
+            timeline.save(Path(one.job.result_path))
+
+
+def _measure(prepared: list[PreparedJob], rank: int, heartbeat: Heartbeat) -> list[Record]:
+    """Runs every round; what was recorded of each job."""
+    first = prepared[0].job
+    rng = np.random.default_rng(first.seed)
+    records = [Record([], [], []) for _ in prepared]
+    clock = Clock(prepared[0].device)
+    said_ns = time.monotonic_ns()
+    gc.collect()
+    gc.disable()
+    for round_ in range(first.warmup + first.iterations):
+        recorded = round_ >= first.warmup
+        index = round_ - first.warmup if recorded else round_ % first.iterations
+        for position in rng.permutation(len(prepared)).tolist():
+            one, record = prepared[position], records[position]
+            hidden_TH = first_hidden(one, index)
+            heartbeat.beat(round_, 0, 0)
+            _barrier()
+            counts_L3, output_TH = run_iteration(
+                one, index, hidden_TH, rank, clock, lambda layer, phase, at=round_: heartbeat.beat(at, layer, phase)
+            )
+            if recorded:
+                record.times_IM.append(clock.read_ns())
+                record.counts_IL3.append(counts_L3)
+                if one.job.verify:
+                    record.outputs.append(output_TH)
+        if rank == 0 and time.monotonic_ns() - said_ns > 1_000_000_000:
+            said_ns = time.monotonic_ns()
+            _say(f"round {round_ + 1} of {first.warmup + first.iterations}")
+    gc.enable()
+    return records
+
+
+def _collect(
+    prepared: list[PreparedJob], records: list[Record], environment: RankEnvironment
+) -> list[tuple[Any, Tensor | None]]:
+    """Each job's Timeline and its outputs (None where not verified), on rank 0; nothing elsewhere. Collective."""
+    rank, num_ranks = environment.rank, environment.num_ranks
+    host_R = gather_to_first(np.array(_host_id(rank), dtype=np.int64), rank, num_ranks)
+    gathered = []
+    for one, record in zip(prepared, records, strict=True):
+        time_RIM = gather_to_first(np.stack(record.times_IM), rank, num_ranks)
+        count_RIL3 = gather_to_first(np.stack(record.counts_IL3), rank, num_ranks)
+        home_RI = gather_to_first(np.array([len(b.token_T) for b in one.batches], dtype=np.int64), rank, num_ranks)
+        output_TH = gather_outputs(one, record.outputs, rank) if one.job.verify else None
+        if time_RIM is not None and host_R is not None:
+            gathered.append((one, align_clocks(time_RIM, host_R), count_RIL3, home_RI, output_TH))
+    if host_R is None:
+        return []
+    zero_ns = min(int(time_RIM.min()) for _, time_RIM, *_ in gathered)
+    result = []
+    for one, time_RIM, count_RIL3, home_RI, output_TH in gathered:
+        assert count_RIL3 is not None
+        assert home_RI is not None
+        about = _about(one, environment, len(np.unique(host_R)))
+        timeline = build_timeline(time_RIM - zero_ns, count_RIL3, home_RI, about["token_bytes"], about)
+        result.append((timeline, output_TH))
+    return result
+
+
+def _about(one: PreparedJob, environment: RankEnvironment, hosts: int) -> dict[str, Any]:
+    """What the Timeline says of the run: with `token_bytes` and the sizes, the simulator can predict the same job."""
+    job, plan, width = one.job, one.plan, one.dtype.itemsize
+    cuda = one.device.type == "cuda"
+    return {
+        **job.about,
+        "source": "measured",
+        "mode": job.mode,
+        "num_ranks": plan.num_ranks,
+        "ranks_per_node": plan.ranks_per_node,
+        "plan_sha256": plan.sha256,
+        "replica_choice": plan.replica_choice,
+        "tokens_per_iteration": job.tokens_per_iteration,
+        "iterations": job.iterations,
+        "warmup": job.warmup,
+        "seed": job.seed,
+        "dtype": job.dtype,
+        "weight_bytes": width,
+        "activation_bytes": width,
+        "hidden_size": one.hidden_size,
+        "moe_intermediate_size": one.moe_intermediate_size,
+        "token_bytes": one.hidden_size * width,
+        "metadata_bytes_per_copy": metadata_bytes(job.mode, int(one.batches[0].slot_LTK.shape[2])),
+        "backend": "nccl" if cuda else "gloo",
+        "device": torch.cuda.get_device_name(one.device) if cuda else platform.machine(),
+        "hosts": hosts,
+        "threads_per_rank": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _barrier() -> None:
+    # on the CPU backend, so that it is the same call for gloo and NCCL
+    dist.all_reduce(torch.zeros(1))
+
+
+def _host_id(rank: int) -> int:
+    """Equal for ranks that share a monotonic clock (one boot of one kernel), else different."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        text = f"rank {rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _say(text: str) -> None:
+    print(PROGRESS_PREFIX + text, flush=True)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    # not sys.exit: after a failed collective the back ends' destructors may wait for peers that are gone
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""What people read: Chrome traces, comparisons of timelines, tables of plans. Tables are data until `render`."""

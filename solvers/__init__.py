@@ -1,0 +1,1 @@
+"""Placement solvers: pure optimisation over arrays, one file per method."""

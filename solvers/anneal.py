@@ -1,0 +1,184 @@
+"""Annealing kernels on exact expert sets: what one exchange of two experts does to ranks touched, nodes touched and load.
+
+Legend: H expert sets, K top-k, E experts, R ranks, N nodes, B draws of the load, I (expert, set) incidences.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+__all__ = ["anneal_layer", "incidence", "touched"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def incidence(expert_HK: npt.NDArray[np.int16], num_experts: int) -> tuple[IntArray, npt.NDArray[np.int32]]:
+    """Sets of each expert in CSR form: first_E (E + 1,) into set_I (I,)."""
+    flat = expert_HK.reshape(-1)
+    where = np.flatnonzero(flat >= 0)
+    order = where[np.argsort(flat[where], kind="stable")]
+    first = np.concatenate(([0], np.cumsum(np.bincount(flat[where], minlength=num_experts))))
+    return first.astype(np.int64), (order // expert_HK.shape[1]).astype(np.int32)
+
+
+@njit(cache=True)
+def touched(
+    expert_HK: npt.NDArray[np.int16], weight_H: IntArray, group_E: IntArray, num_groups: int
+) -> float:  # pragma: no cover - compiled
+    """Weighted sum over sets of the distinct groups (ranks or nodes) their experts lie in."""
+    total = 0.0
+    seen = np.full(num_groups, -1, dtype=np.int64)
+    for h in range(len(weight_H)):
+        for k in range(expert_HK.shape[1]):
+            expert = expert_HK[h, k]
+            if expert >= 0 and seen[group_E[expert]] != h:
+                seen[group_E[expert]] = h
+                total += weight_H[h]
+    return total
+
+
+@njit(cache=True)
+def _leave_and_enter(
+    mover: int,
+    partner: int,
+    old: int,
+    new: int,
+    first_E: IntArray,
+    set_I: npt.NDArray[np.int32],
+    expert_HK: npt.NDArray[np.int16],
+    weight_H: IntArray,
+    count_HG: npt.NDArray[np.uint8],
+) -> int:  # pragma: no cover - compiled
+    """Change of weighted groups touched when `mover` goes from group `old` to `new` and `partner` the other way.
+
+    Sets that hold both are unchanged, so they are left out; calling this for each of the two gives the whole change.
+    """
+    change = 0
+    for i in range(first_E[mover], first_E[mover + 1]):
+        h = set_I[i]
+        leaves = count_HG[h, old] == 1
+        enters = count_HG[h, new] == 0
+        if leaves == enters:
+            # a set with both experts has its partner in `new`, so it never enters; check only where it would count
+            continue
+        both = False
+        for k in range(expert_HK.shape[1]):
+            if expert_HK[h, k] == partner:
+                both = True
+                break
+        if not both:
+            change += -weight_H[h] if leaves else weight_H[h]
+    return change
+
+
+@njit(cache=True)
+def _shift(
+    mover: int, old: int, new: int, first_E: IntArray, set_I: npt.NDArray[np.int32], count_HG: npt.NDArray[np.uint8]
+) -> None:  # pragma: no cover - compiled
+    for i in range(first_E[mover], first_E[mover + 1]):
+        count_HG[set_I[i], old] -= 1
+        count_HG[set_I[i], new] += 1
+
+
+@njit(cache=True)
+def _counts(
+    expert_HK: npt.NDArray[np.int16], group_E: IntArray, num_groups: int
+) -> npt.NDArray[np.uint8]:  # pragma: no cover - compiled
+    count_HG = np.zeros((expert_HK.shape[0], num_groups), dtype=np.uint8)
+    for h in range(expert_HK.shape[0]):
+        for k in range(expert_HK.shape[1]):
+            if expert_HK[h, k] >= 0:
+                count_HG[h, group_E[expert_HK[h, k]]] += 1
+    return count_HG
+
+
+@njit(cache=True)
+def anneal_layer(
+    rank_E: IntArray,
+    node_R: IntArray,
+    draw_EB: FloatArray,
+    expert_HK: npt.NDArray[np.int16],
+    weight_H: IntArray,
+    first_E: IntArray,
+    set_I: npt.NDArray[np.int32],
+    rank_weight: float,
+    node_weight: float,
+    par_weight: float,
+    steps: int,
+    hot: float,
+    cold: float,
+    seed: int,
+) -> tuple[IntArray, float]:  # pragma: no cover - compiled
+    """Best assignment found and its cost: rank_weight * ranks touched + node_weight * nodes touched + par_weight * PAR.
+
+    PAR is the mean over the B draws of max / mean rank load. Exchanges of two experts on different ranks, Metropolis
+    acceptance, temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
+    """
+    np.random.seed(seed)
+    experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
+    rank_E = rank_E.copy()
+    node_E = node_R[rank_E]
+    nodes = int(node_R.max()) + 1
+    count_HR = _counts(expert_HK, rank_E, ranks)
+    count_HN = _counts(expert_HK, node_E, nodes) if node_weight > 0 else np.zeros((0, 1), dtype=np.uint8)
+    load_RB = np.zeros((ranks, draws))
+    for expert in range(experts):
+        load_RB[rank_E[expert]] += draw_EB[expert]
+    scale_B = np.empty(draws)
+    par_cost = 0.0
+    for b in range(draws):
+        scale_B[b] = par_weight * ranks / max(load_RB[:, b].sum(), 1e-300) / draws
+        par_cost += load_RB[:, b].max() * scale_B[b]
+    cost = rank_weight * touched(expert_HK, weight_H, rank_E, ranks)
+    if node_weight > 0:
+        cost += node_weight * touched(expert_HK, weight_H, node_E, nodes)
+    best_cost, best_E = cost + par_cost, rank_E.copy()
+    for step in range(steps):
+        temperature = hot * (cold / hot) ** (step / steps)
+        one, two = np.random.randint(experts), np.random.randint(experts)
+        mine, yours = rank_E[one], rank_E[two]
+        if mine == yours:
+            continue
+        new_par = 0.0
+        if par_weight > 0:
+            for b in range(draws):
+                shift = draw_EB[two, b] - draw_EB[one, b]
+                peak = max(load_RB[mine, b] + shift, load_RB[yours, b] - shift)
+                for rank in range(ranks):
+                    if load_RB[rank, b] > peak and rank != mine and rank != yours:
+                        peak = load_RB[rank, b]
+                new_par += peak * scale_B[b]
+        par_change = new_par - par_cost
+        # the load is cheap and the sets are not: most exchanges that the load alone makes hopeless stop here
+        if par_change > 0 and np.random.random() > 30 * np.exp(-par_change / temperature):
+            continue
+        change = rank_weight * (
+            _leave_and_enter(one, two, mine, yours, first_E, set_I, expert_HK, weight_H, count_HR)
+            + _leave_and_enter(two, one, yours, mine, first_E, set_I, expert_HK, weight_H, count_HR)
+        )
+        across = node_weight > 0 and node_R[mine] != node_R[yours]
+        if across:
+            change += node_weight * (
+                _leave_and_enter(one, two, node_R[mine], node_R[yours], first_E, set_I, expert_HK, weight_H, count_HN)
+                + _leave_and_enter(two, one, node_R[yours], node_R[mine], first_E, set_I, expert_HK, weight_H, count_HN)
+            )
+        total = change + par_change
+        if total > 0 and np.random.random() >= np.exp(-total / temperature):
+            continue
+        _shift(one, mine, yours, first_E, set_I, count_HR)
+        _shift(two, yours, mine, first_E, set_I, count_HR)
+        if across:
+            _shift(one, node_R[mine], node_R[yours], first_E, set_I, count_HN)
+            _shift(two, node_R[yours], node_R[mine], first_E, set_I, count_HN)
+        rank_E[one], rank_E[two] = yours, mine
+        for b in range(draws):
+            shift = draw_EB[two, b] - draw_EB[one, b]
+            load_RB[mine, b] += shift
+            load_RB[yours, b] -= shift
+        cost += change
+        par_cost = new_par
+        if cost + par_cost < best_cost - 1e-9 * abs(best_cost):
+            best_cost = cost + par_cost
+            best_E[:] = rank_E
+    return best_E, best_cost

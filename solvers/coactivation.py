@@ -1,0 +1,242 @@
+"""Co-activation search under a load cap: experts that tokens choose together move to one rank, no rank gets too busy.
+
+For the de-duplicated dispatch modes, where a token costs one copy per rank (and node) it touches. Layers separate except
+for the cap, which is on the mean over layers; so each layer is annealed at several prices of PAR and the cheapest
+combination that meets the cap is taken.
+
+Legend: L layers, H expert sets, E experts, K top-k, R ranks, N nodes, F request folds, B draws, C slots per rank.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.errors import InfeasibleError, UsageError
+from placer.core.plan import canonical_slots
+from placer.core.problem import PlacementProblem
+from placer.core.profile import ExpertSets
+from solvers.anneal import anneal_layer, incidence, touched
+from solvers.frontier import Candidate, cheapest_under_cap, implied_price
+from solvers.load import par_bound
+from solvers.lpt import lpt_slots
+from solvers.result import SolveResult, StoppedBy
+
+__all__ = ["capacity_bound", "load_draws", "solve_coactivation"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+SCAN_PRICES = (0.4, 1.0, 2.0, 4.0, 10.0, 25.0)
+"""Copies per token and layer that one unit of PAR is worth, in the first, short pass over the frontier."""
+
+REFINE_FACTORS = (0.75, 1.0, 1.33)
+VISITS_PER_LAYER = 5e8
+DRAWS = 32
+SEARCH_SPREAD = 1.0
+JUDGE_SPREAD = 2.0**0.5
+JUDGE_DRAWS = 128
+"""Candidates are compared on other draws than those they were annealed on, or the best of many would look too good."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer, ready to anneal."""
+
+    sets: ExpertSets
+    first_E: IntArray
+    set_I: npt.NDArray[np.int32]
+    draw_EB: FloatArray
+    judge_EB: FloatArray
+    tokens: int
+    steps: int
+
+
+def solve_coactivation(
+    problem: PlacementProblem,
+    *,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> SolveResult:
+    """Few ranks touched at mean PAR <= problem.max_par (None: PAR is free); no replicas beyond the experts themselves.
+
+    The cap is meant for requests that were not seen: PAR is estimated on draws of the request folds with the variance of
+    a fresh sample (`load_draws`), and the search keeps that estimate under the cap wherever it can.
+    Objective: mean over layers and tokens of ranks touched, in `per_node` mode plus nodes touched at the links' price.
+    Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it.
+    Complexity: O(L * VISITS_PER_LAYER). Raises UsageError without expert sets, InfeasibleError for an impossible cap.
+    """
+    started = time.perf_counter()
+    profile, cluster = problem.profile, problem.cluster
+    if not profile.sets:
+        raise UsageError("the profile has load counts only, no expert sets; use --solver lpt, or give a per-token trace")
+    if problem.redundant:
+        raise UsageError("coactivation places one copy of each expert; use --solver replicated with --redundant")
+    _refuse_impossible_cap(problem)
+    layers, ranks = profile.model.num_sites, cluster.num_ranks
+    start_LE = _rank_of_expert(lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed), ranks)
+    draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
+    judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
+    prepared = [_prepare(problem, layer, draws_LEB[layer], judge_LEB[layer]) for layer in range(layers)]
+    node_weight = node_price(problem)
+    pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
+    cap = problem.max_par if problem.max_par is not None else np.inf
+    stopped_by: StoppedBy = "effort"
+    prices = list(SCAN_PRICES) if np.isfinite(cap) else []
+    total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
+    done = 0
+    for phase in ("scan", "refine"):
+        share = 0.04 if phase == "scan" else 0.27
+        if phase == "refine":
+            price = implied_price(pools, cap) if np.isfinite(cap) else 0.0
+            prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
+            share = share if price > 0 else 0.8
+        for index, price in enumerate(prices):
+            for layer, item in enumerate(prepared):
+                if time.perf_counter() - started > time_limit_s:
+                    stopped_by = "time_limit"
+                    break
+                begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).rank_E
+                key = ((seed * 97 + (phase == "refine") * 11 + index) * 100_003 + layer) % (2**31)
+                found_E = _anneal(problem, item, begin_E, node_weight, price, share, key)
+                pools[layer].append(_candidate(problem, item, found_E, node_weight))
+                done += 1
+                if progress:
+                    progress(done, total)
+    chosen = cheapest_under_cap(pools, cap)
+    rank_LE = np.stack([candidate.rank_E for candidate in chosen])
+    objective = float(np.mean([candidate.touched for candidate in chosen]))
+    bound = capacity_bound(problem) * (1 + node_weight)
+    if progress:
+        progress(total, total)
+    return SolveResult(
+        solver="coactivation",
+        status="solved",
+        stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
+        slot_expert_LP=slots_of_ranks(rank_LE, ranks),
+        objective_name="ranks_touched" if node_weight == 0 else f"ranks_touched + {node_weight:.3g} * nodes_touched",
+        objective=objective,
+        bound=bound,
+        bound_by="capacity: ceil(k / slots per rank)",
+        seconds=time.perf_counter() - started,
+        message=_promise(chosen, cap),
+    )
+
+
+def load_draws(load_FLE: IntArray, draws: int, seed: int, *, spread: float) -> FloatArray:
+    """Loads that a fresh sample of requests might show, (L, E, B).
+
+    Each draw resamples the F folds with replacement and doubles the variance (what is judged differs from what was seen
+    by two independent samples). With fewer than 4 folds that says nothing, so the one draw is the load itself.
+    """
+    folds = len(load_FLE)
+    load_LE = load_FLE.sum(axis=0).astype(np.float64)
+    if folds < 4:
+        return load_LE[:, :, None]
+    rng = np.random.default_rng(seed)
+    times_BF = rng.multinomial(folds, np.full(folds, 1.0 / folds), size=draws)
+    weight_BF = 1.0 + spread * (times_BF - 1.0)
+    drawn = np.tensordot(weight_BF, load_FLE.astype(np.float64), axes=(1, 0))
+    return np.ascontiguousarray(np.maximum(drawn, 0.0).transpose(1, 2, 0))
+
+
+def capacity_bound(problem: PlacementProblem) -> float:
+    """Mean ranks touched is at least this: a token's k distinct experts fill at least ceil(k / C) ranks."""
+    per_layer = []
+    for sets in problem.profile.sets:
+        size_H = (sets.expert_HK >= 0).sum(axis=1)
+        weight = sets.weight_H * (size_H > 0)
+        least = -(-size_H // problem.slots_per_rank)
+        per_layer.append(float((least * weight).sum() / max(1, weight.sum())))
+    return float(np.mean(per_layer))
+
+
+def node_price(problem: PlacementProblem) -> float:
+    """What touching one more node costs against one more rank: the ratio of their links' bytes per second."""
+    cluster = problem.cluster
+    if problem.mode != "per_node" or cluster.nodes == 1:
+        return 0.0
+    return cluster.intra.gbytes_per_s / cluster.inter.gbytes_per_s
+
+
+def slots_of_ranks(rank_LE: IntArray, num_ranks: int) -> IntArray:
+    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank."""
+    return canonical_slots(np.argsort(rank_LE, axis=1, kind="stable"), num_ranks)
+
+
+def _rank_of_expert(slots_LP: IntArray, num_ranks: int) -> IntArray:
+    """Rank of each expert of a placement without replicas, (L, E)."""
+    return np.argsort(slots_LP, axis=1) // (slots_LP.shape[1] // num_ranks)
+
+
+def _refuse_impossible_cap(problem: PlacementProblem) -> None:
+    least = par_bound(problem)
+    if problem.max_par is not None and least > problem.max_par + 1e-12:
+        raise InfeasibleError(
+            f"max_par {problem.max_par:g} cannot be met: one expert alone carries so much that no placement has "
+            f"PAR below {least:.4f}; raise --max-par or add --redundant slots"
+        )
+
+
+def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray) -> _Layer:
+    sets = problem.profile.sets[layer]
+    experts = problem.profile.model.num_experts
+    first_E, set_I = incidence(sets.expert_HK, experts)
+    visits = max(1.0, 2.0 * len(set_I) / experts)
+    steps = int(np.clip(VISITS_PER_LAYER / visits, 2_000, 6_000 * experts))
+    return _Layer(sets, first_E, set_I, draw_EB, judge_EB, max(1, int(sets.weight_H.sum())), steps)
+
+
+def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_weight: float) -> Candidate:
+    ranks, node_R = problem.cluster.num_ranks, problem.cluster.node_R
+    cost = touched(item.sets.expert_HK, item.sets.weight_H, rank_E, ranks)
+    if node_weight > 0:
+        nodes = touched(item.sets.expert_HK, item.sets.weight_H, node_R[rank_E], problem.cluster.nodes)
+        cost += node_weight * nodes
+    load_RB = np.zeros((ranks, item.judge_EB.shape[1]))
+    np.add.at(load_RB, rank_E, item.judge_EB)
+    mean_B = load_RB.mean(axis=0)
+    par = float(np.where(mean_B > 0, load_RB.max(axis=0) / np.where(mean_B > 0, mean_B, 1), 1.0).mean())
+    return Candidate(touched=cost / item.tokens, par=par, rank_E=rank_E)
+
+
+def _anneal(
+    problem: PlacementProblem,
+    item: _Layer,
+    begin_E: IntArray,
+    node_weight: float,
+    price: float,
+    share: float,
+    seed: int,
+) -> IntArray:
+    experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
+    # one exchange changes the sets of two experts: that is the natural unit of temperature
+    unit = item.tokens * top_k / experts * (1 + node_weight)
+    found_E, _ = anneal_layer(
+        begin_E,
+        problem.cluster.node_R,
+        item.draw_EB,
+        item.sets.expert_HK,
+        item.sets.weight_H,
+        item.first_E,
+        item.set_I,
+        1.0,
+        node_weight,
+        price * item.tokens,
+        max(1_000, int(item.steps * share)),
+        0.24 * unit,
+        0.008 * unit,
+        seed,
+    )
+    return found_E
+
+
+def _promise(chosen: list[Candidate], cap: float) -> str:
+    estimate = float(np.mean([candidate.par for candidate in chosen]))
+    text = f"PAR on unseen requests is estimated at {estimate:.3f}"
+    if np.isfinite(cap) and estimate > cap + 1e-9:
+        text += f", above the cap {cap:g}: the requests differ too much from each other for a tighter promise"
+    return text

@@ -1,0 +1,64 @@
+"""Choosing one candidate per layer so that the sum of costs is least while the mean PAR meets a cap.
+
+A multiple-choice knapsack with a few candidates per layer: Lagrange multiplier by bisection, then greedy use of what is left.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Candidate", "cheapest_under_cap", "implied_price"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One placement of one layer: its cost per token, its PAR, and the rank of each expert (E,)."""
+
+    touched: float
+    par: float
+    rank_E: npt.NDArray[np.int64]
+
+
+def _at_price(pools: list[list[Candidate]], price: float) -> list[Candidate]:
+    return [min(pool, key=lambda c: (c.touched + price * c.par, c.par)) for pool in pools]
+
+
+def _mean_par(chosen: list[Candidate]) -> float:
+    return float(np.mean([candidate.par for candidate in chosen]))
+
+
+def implied_price(pools: list[list[Candidate]], cap: float) -> float:
+    """The price of PAR, in cost per unit, at which the cheapest choice just meets `cap`; 0 where it is met for free."""
+    low, high = 0.0, 1e3
+    if _mean_par(_at_price(pools, low)) <= cap:
+        return low
+    for _ in range(60):
+        middle = (low * high) ** 0.5 if low > 0 else high / 64
+        if _mean_par(_at_price(pools, middle)) <= cap:
+            high = middle
+        else:
+            low = middle
+        if low > 0 and high / low < 1.01:
+            break
+    return high
+
+
+def cheapest_under_cap(pools: list[list[Candidate]], cap: float) -> list[Candidate]:
+    """One candidate per layer with mean PAR <= cap and a small sum of costs; the least PAR where none meets the cap."""
+    chosen = _at_price(pools, implied_price(pools, cap) if np.isfinite(cap) else 0.0)
+    if _mean_par(chosen) > cap:
+        return [min(pool, key=lambda c: (c.par, c.touched)) for pool in pools]
+    slack = (cap - _mean_par(chosen)) * len(pools)
+    while True:
+        best_gain, best = 0.0, None
+        for layer, pool in enumerate(pools):
+            for candidate in pool:
+                saved = chosen[layer].touched - candidate.touched
+                extra = candidate.par - chosen[layer].par
+                if saved > 1e-12 and extra <= slack and saved / max(extra, 1e-9) > best_gain:
+                    best_gain, best = saved / max(extra, 1e-9), (layer, candidate, extra)
+        if best is None:
+            return chosen
+        chosen[best[0]] = best[1]
+        slack -= best[2]
