@@ -1,6 +1,6 @@
 """Fidelity `phase`: one SimPy process per rank; a rank goes on as soon as what it needs is there.
 
-Legend: W windows (iterations), G stages, R ranks, X legs. No barrier between phases or layers, one between iterations.
+Legend: W windows (iterations), G stages, R ranks, X legs. No barrier between phases or layers; one between iterations.
 """
 
 from collections.abc import Callable, Iterator

@@ -114,7 +114,7 @@ def work_of(
             progress(layer + 1, expert_LTK.shape[0])
     gather = None
     if mode == "coherent":
-        home_WR = np.bincount(window_T * cluster.num_ranks + source_T, minlength=windows * cluster.num_ranks)
+        home_WR = np.bincount(window_T * cluster.num_ranks + location_T, minlength=windows * cluster.num_ranks)
         gather = _leg(cluster, model, gather_copies(home_WR.reshape(windows, cluster.num_ranks).astype(np.int64)))
     return Work(
         cluster=cluster,

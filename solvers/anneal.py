@@ -1,4 +1,4 @@
-"""Annealing kernels on exact expert sets: what one exchange of two experts does to ranks touched, nodes touched and load.
+"""Annealing on exact expert sets: what exchanging two experts does to ranks touched, nodes touched and load.
 
 Legend: H expert sets, K top-k, E experts, R ranks, N nodes, B draws of the load, I (expert, set) incidences.
 """
@@ -108,14 +108,13 @@ def anneal_layer(
     steps: int,
     hot: float,
     cold: float,
-    seed: int,
+    rng: np.random.Generator,
 ) -> tuple[IntArray, float]:  # pragma: no cover - compiled
     """Best assignment found and its cost: rank_weight * ranks touched + node_weight * nodes touched + par_weight * PAR.
 
     PAR is the mean over the B draws of max / mean rank load. Exchanges of two experts on different ranks, Metropolis
     acceptance, temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
     """
-    np.random.seed(seed)
     experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
     rank_E = rank_E.copy()
     node_E = node_R[rank_E]
@@ -136,7 +135,7 @@ def anneal_layer(
     best_cost, best_E = cost + par_cost, rank_E.copy()
     for step in range(steps):
         temperature = hot * (cold / hot) ** (step / steps)
-        one, two = np.random.randint(experts), np.random.randint(experts)
+        one, two = rng.integers(0, experts), rng.integers(0, experts)
         mine, yours = rank_E[one], rank_E[two]
         if mine == yours:
             continue
@@ -151,7 +150,7 @@ def anneal_layer(
                 new_par += peak * scale_B[b]
         par_change = new_par - par_cost
         # the load is cheap and the sets are not: most exchanges that the load alone makes hopeless stop here
-        if par_change > 0 and np.random.random() > 30 * np.exp(-par_change / temperature):
+        if par_change > 0 and rng.random() > 30 * np.exp(-par_change / temperature):
             continue
         change = rank_weight * (
             _leave_and_enter(one, two, mine, yours, first_E, set_I, expert_HK, weight_H, count_HR)
@@ -164,7 +163,7 @@ def anneal_layer(
                 + _leave_and_enter(two, one, node_R[yours], node_R[mine], first_E, set_I, expert_HK, weight_H, count_HN)
             )
         total = change + par_change
-        if total > 0 and np.random.random() >= np.exp(-total / temperature):
+        if total > 0 and rng.random() >= np.exp(-total / temperature):
             continue
         _shift(one, mine, yours, first_E, set_I, count_HR)
         _shift(two, yours, mine, first_E, set_I, count_HR)

@@ -1,8 +1,8 @@
 """Co-activation search under a load cap: experts that tokens choose together move to one rank, no rank gets too busy.
 
-For the de-duplicated dispatch modes, where a token costs one copy per rank (and node) it touches. Layers separate except
-for the cap, which is on the mean over layers; so each layer is annealed at several prices of PAR and the cheapest
-combination that meets the cap is taken.
+For the de-duplicated dispatch modes, where a token costs one copy per rank (and node) it touches. Layers separate
+except for the cap, which is on the mean over layers; so each layer is annealed at several prices of PAR and the
+cheapest combination that meets the cap is taken.
 
 Legend: L layers, H expert sets, E experts, K top-k, R ranks, N nodes, F request folds, B draws, C slots per rank.
 """
@@ -59,12 +59,14 @@ def solve_coactivation(
     *,
     seed: int = 0,
     time_limit_s: float = 60.0,
+    gap: float = 0.0,
+    start_LP: IntArray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SolveResult:
     """Few ranks touched at mean PAR <= problem.max_par (None: PAR is free); no replicas beyond the experts themselves.
 
-    The cap is meant for requests that were not seen: PAR is estimated on draws of the request folds with the variance of
-    a fresh sample (`load_draws`), and the search keeps that estimate under the cap wherever it can.
+    The cap is meant for requests that were not seen: PAR is estimated on draws of the request folds with the variance
+    of a fresh sample (`load_draws`), and the search keeps that estimate under the cap wherever it can.
     Objective: mean over layers and tokens of ranks touched, in `per_node` mode plus nodes touched at the links' price.
     Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it.
     Complexity: O(L * VISITS_PER_LAYER). Raises UsageError without expert sets, InfeasibleError for an impossible cap.
@@ -72,7 +74,9 @@ def solve_coactivation(
     started = time.perf_counter()
     profile, cluster = problem.profile, problem.cluster
     if not profile.sets:
-        raise UsageError("the profile has load counts only, no expert sets; use --solver lpt, or give a per-token trace")
+        raise UsageError(
+            "the profile has load counts only, no expert sets; use --solver lpt, or give a per-token trace"
+        )
     if problem.redundant:
         raise UsageError("coactivation places one copy of each expert; use --solver replicated with --redundant")
     _refuse_impossible_cap(problem)
@@ -83,7 +87,12 @@ def solve_coactivation(
     prepared = [_prepare(problem, layer, draws_LEB[layer], judge_LEB[layer]) for layer in range(layers)]
     node_weight = node_price(problem)
     pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
+    if start_LP is not None and start_LP.shape == (layers, problem.num_slots):
+        given_LE = _rank_of_expert(start_LP, ranks)
+        for layer, item in enumerate(prepared):
+            pools[layer].append(_candidate(problem, item, given_LE[layer], node_weight))
     cap = problem.max_par if problem.max_par is not None else np.inf
+    bound = capacity_bound(problem) * (1 + node_weight)
     stopped_by: StoppedBy = "effort"
     prices = list(SCAN_PRICES) if np.isfinite(cap) else []
     total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
@@ -95,21 +104,24 @@ def solve_coactivation(
             prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
             share = share if price > 0 else 0.8
         for index, price in enumerate(prices):
+            chosen = cheapest_under_cap(pools, cap)
+            if _cost(chosen) <= bound / max(1e-12, 1 - gap):
+                stopped_by = "gap"
+                break
             for layer, item in enumerate(prepared):
                 if time.perf_counter() - started > time_limit_s:
                     stopped_by = "time_limit"
                     break
                 begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).rank_E
-                key = ((seed * 97 + (phase == "refine") * 11 + index) * 100_003 + layer) % (2**31)
-                found_E = _anneal(problem, item, begin_E, node_weight, price, share, key)
+                rng = np.random.default_rng([seed, phase == "refine", index, layer])
+                found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
                 pools[layer].append(_candidate(problem, item, found_E, node_weight))
                 done += 1
                 if progress:
                     progress(done, total)
     chosen = cheapest_under_cap(pools, cap)
     rank_LE = np.stack([candidate.rank_E for candidate in chosen])
-    objective = float(np.mean([candidate.touched for candidate in chosen]))
-    bound = capacity_bound(problem) * (1 + node_weight)
+    objective = _cost(chosen)
     if progress:
         progress(total, total)
     return SolveResult(
@@ -210,7 +222,7 @@ def _anneal(
     node_weight: float,
     price: float,
     share: float,
-    seed: int,
+    rng: np.random.Generator,
 ) -> IntArray:
     experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
     # one exchange changes the sets of two experts: that is the natural unit of temperature
@@ -229,9 +241,13 @@ def _anneal(
         max(1_000, int(item.steps * share)),
         0.24 * unit,
         0.008 * unit,
-        seed,
+        rng,
     )
     return found_E
+
+
+def _cost(chosen: list[Candidate]) -> float:
+    return float(np.mean([candidate.touched for candidate in chosen]))
 
 
 def _promise(chosen: list[Candidate], cap: float) -> str:

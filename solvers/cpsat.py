@@ -153,6 +153,10 @@ def _solve_layer(layer: LayerModel, num_ranks: int, time_limit_s: float, seed: i
     else:
         model.minimize(_ranks_touched(model, lives, layer.expert_HK, layer.weight_H, experts // num_ranks))
 
+    start_E = _start(layer.load_E, num_ranks)
+    for expert, row in enumerate(lives):
+        for rank, x in enumerate(row):
+            model.add_hint(x, int(start_E[expert] == rank))
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = max(LEAST_SHARE_S, time_limit_s - (time.perf_counter() - started))
     solver.parameters.num_workers = workers
@@ -160,12 +164,54 @@ def _solve_layer(layer: LayerModel, num_ranks: int, time_limit_s: float, seed: i
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         return LayerAnswer("infeasible")
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return LayerAnswer("unknown" if status == cp_model.UNKNOWN else f"invalid: {model.validate()}")
-    rank_E = np.array([[solver.value(x) for x in row] for row in lives]).argmax(axis=1)
-    objective = round(solver.objective_value)
-    bound = min(objective, math.ceil(solver.best_objective_bound - 1e-6))
-    return LayerAnswer("optimal" if status == cp_model.OPTIMAL else "feasible", rank_E, objective, bound)
+    if status == cp_model.MODEL_INVALID:
+        return LayerAnswer(f"invalid: {model.validate()}")
+    found = [start_E] if _fits(layer, start_E, num_ranks) else []
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        found.append(np.array([[solver.value(x) for x in row] for row in lives]).argmax(axis=1))
+    if not found:
+        return LayerAnswer("unknown")
+    # the solver's own first, so that it wins a tie; a search cut short may return worse than its hint
+    rank_E = min(reversed(found), key=lambda rank_E: _count(layer, rank_E, num_ranks))
+    objective = _count(layer, rank_E, num_ranks)
+    bound = min(objective, math.ceil(max(_floor(layer, num_ranks), solver.best_objective_bound - 1e-6)))
+    return LayerAnswer("optimal" if bound == objective else "feasible", rank_E, objective, bound)
+
+
+def _start(load_E: npt.NDArray[np.int64], num_ranks: int) -> npt.NDArray[np.int64]:
+    """Heaviest expert first, each to the least loaded rank with a free slot (the lowest number among equals)."""
+    rank_E = np.zeros(len(load_E), dtype=np.int64)
+    load_R = np.zeros(num_ranks, dtype=np.int64)
+    free_R = np.full(num_ranks, len(load_E) // num_ranks)
+    for expert in np.argsort(-load_E, kind="stable").tolist():
+        rank = min(np.flatnonzero(free_R).tolist(), key=lambda rank: (load_R[rank], rank))
+        rank_E[expert] = rank
+        load_R[rank] += load_E[expert]
+        free_R[rank] -= 1
+    return rank_E
+
+
+def _fits(layer: LayerModel, rank_E: npt.NDArray[np.int64], num_ranks: int) -> bool:
+    load_R = np.bincount(rank_E, weights=layer.load_E, minlength=num_ranks)
+    return layer.max_load is None or bool(load_R.max() <= layer.max_load)
+
+
+def _count(layer: LayerModel, rank_E: npt.NDArray[np.int64], num_ranks: int) -> int:
+    """The objective of a placement, counted anew: a stopped solver may leave y above x."""
+    if layer.expert_HK is None or layer.weight_H is None:
+        return int(np.bincount(rank_E, weights=layer.load_E, minlength=num_ranks).max())
+    touched_HR = np.zeros((len(layer.weight_H), num_ranks), dtype=np.int64)
+    row_N, place_N = np.nonzero(layer.expert_HK >= 0)
+    touched_HR[row_N, rank_E[layer.expert_HK[row_N, place_N]]] = 1
+    return int(touched_HR.sum(axis=1) @ layer.weight_H)
+
+
+def _floor(layer: LayerModel, num_ranks: int) -> int:
+    """What no placement goes below: k experts touch at least k / slots-of-a-rank ranks; a mean is below its maximum."""
+    if layer.expert_HK is None or layer.weight_H is None:
+        return max(-(-int(layer.load_E.sum()) // num_ranks), int(layer.load_E.max()))
+    least_H = -(-(layer.expert_HK >= 0).sum(axis=1) // (len(layer.load_E) // num_ranks))
+    return int(least_H @ layer.weight_H)
 
 
 def _rank_load(lives: "list[list[cp_model.IntVar]]", layer: LayerModel, rank: int) -> "cp_model.LinearExprT":

@@ -1,6 +1,7 @@
 """Choosing one candidate per layer so that the sum of costs is least while the mean PAR meets a cap.
 
-A multiple-choice knapsack with a few candidates per layer: Lagrange multiplier by bisection, then greedy use of what is left.
+A multiple-choice knapsack with a few candidates per layer: a Lagrange multiplier by bisection, then greedy use of
+what is left of the cap.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Load balance alone: replicate, longest-processing-time packing on distinct ranks, then descent by swaps and re-replication.
+"""Load balance alone: replicate, pack longest-processing-time first on distinct ranks, descend by swaps, re-replicate.
 
 Legend: L layers, E experts, P slots, R ranks, C slots per rank.
 """
@@ -33,9 +33,9 @@ def _pack_distinct(slot_expert_P: IntArray, weight_P: FloatArray, num_ranks: int
         expert = slot_expert_P[slot]
         best = -1
         for rank in range(num_ranks):
-            if count[rank] < width and (best < 0 or load[rank] < load[best]):
-                if not np.any(held_RC[rank, : count[rank]] == expert):
-                    best = rank
+            lighter = count[rank] < width and (best < 0 or load[rank] < load[best])
+            if lighter and not np.any(held_RC[rank, : count[rank]] == expert):
+                best = rank
         if best < 0:
             # every rank with room holds the expert: exchange with a full rank that does not
             for rank in range(num_ranks):
@@ -104,12 +104,11 @@ def _descend(held_RC: IntArray, share_E: FloatArray, target: float, max_rounds: 
 
 @njit(cache=True)
 def _solve_layer(
-    weight_E: FloatArray, num_slots: int, num_ranks: int, target: float, restarts: int, seed: int
+    weight_E: FloatArray, num_slots: int, num_ranks: int, target: float, restarts: int, rng: np.random.Generator
 ) -> IntArray:  # pragma: no cover - compiled
     """Best of several replica counts: the greedy one, then random exchanges of one replica between two experts."""
     experts = len(weight_E)
-    np.random.seed(seed)
-    slot_expert_P, count_E = replicate(weight_E, num_slots)
+    _, count_E = replicate(weight_E, num_slots)
     for expert in range(experts):
         # more replicas than ranks cannot lie on distinct ranks: hand the surplus to the next largest load per replica
         while count_E[expert] > num_ranks:
@@ -124,7 +123,7 @@ def _solve_layer(
         if attempt > 0:
             if num_slots == experts:
                 break
-            giver, taker = np.random.randint(experts), np.random.randint(experts)
+            giver, taker = rng.integers(0, experts), rng.integers(0, experts)
             if trial[giver] == 1 or trial[taker] == num_ranks or giver == taker:
                 continue
             if weight_E[giver] / (trial[giver] - 1) > best_peak:
@@ -157,7 +156,7 @@ def lpt_slots(
     rows = []
     for layer, weight_E in enumerate(weight_LE):
         target = max_load_bound(weight_E, num_ranks, width)
-        row = _solve_layer(weight_E, num_slots, num_ranks, target, restarts, seed * 1_000_003 + layer)
+        row = _solve_layer(weight_E, num_slots, num_ranks, target, restarts, np.random.default_rng([seed, layer]))
         if row[0] < 0:
             raise InfeasibleError(
                 f"layer {layer}: {num_slots} slots cannot hold {len(weight_E)} experts with replicas on distinct ranks"

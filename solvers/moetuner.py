@@ -46,7 +46,7 @@ LEAST_SHARE_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What both programs share. `capacity`: the experts of a cluster (sizes "equal") or the most of them ("nonempty")."""
+    """What both programs share. `capacity`: the experts of a cluster (sizes "equal") or the most of them."""
 
     capacity: int
     max_par: float | None = None

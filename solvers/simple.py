@@ -14,7 +14,7 @@ __all__ = ["solve_linear", "solve_round_robin"]
 
 
 def solve_linear(problem: PlacementProblem) -> SolveResult:
-    """Contiguous blocks of experts per rank; slots beyond E repeat the experts from 0 on (SGLang's and vLLM's start map).
+    """Contiguous blocks of experts; slots beyond E repeat the experts from 0 on (SGLang's and vLLM's start map).
 
     Where that would put two replicas of one expert on a rank, the repeated ids are shifted on until it does not.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.profile import ExpertSets
+from traces.ids import generator
 from traces.kernels import collect_sets, pack_rows
 
 __all__ = ["expert_sets", "sample_tokens"]
@@ -24,7 +25,7 @@ def sample_tokens(num_tokens: int, most: int, seed: int) -> npt.NDArray[np.int64
     stride = -(-num_tokens // most)
     start_T = np.arange(0, num_tokens, stride)
     width_T = np.minimum(stride, num_tokens - start_T)
-    return start_T + np.random.default_rng(seed).integers(0, width_T)
+    return start_T + generator(seed).integers(0, width_T)
 
 
 def expert_sets(

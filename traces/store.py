@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from placer.core.errors import InputFileError, UsageError
 from placer.core.model import ModelSpec
+from traces.ids import IdDType
 from traces.model_json import model_from_json
 from traces.tensorfile import TensorFile, TensorSpec, read_tensor_file, write_tensor_file
-from traces.trace import COLUMN_DTYPES, IdDType, RoutingTrace, Tag, array_digests, content_hash
+from traces.trace import COLUMN_DTYPES, RoutingTrace, Tag, array_digests, content_hash
 
 __all__ = ["FORMAT", "Verify", "load_trace", "save_trace", "save_trace_by_layer"]
 

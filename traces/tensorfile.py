@@ -35,6 +35,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
+MAX_UNALIGNED_BYTES = 1 << 30
 MEND = "copy it again, or write it anew with `placer trace import`"
 
 
@@ -129,7 +130,10 @@ def read_tensor_file(path: Path) -> TensorFile:
             )
         data = mapped[start + begin : start + end]
         # a foreign writer may leave arrays unaligned; numba and numpy want them aligned
-        data = data if (start + begin) % dtype.itemsize == 0 else data.copy()
+        if (start + begin) % dtype.itemsize:
+            if len(data) > MAX_UNALIGNED_BYTES:
+                raise InputFileError(f"{path}: array {name!r} is not aligned and too large to copy; {MEND}")
+            data = data.copy()
         try:
             arrays[name] = data.view(dtype).reshape(shape)
         except ValueError as error:

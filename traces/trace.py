@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from placer.core.errors import MismatchError, UsageError
 from placer.core.model import ModelSpec
+from traces.ids import convert_ids, generator
 
-__all__ = ["COLUMN_DTYPES", "RoutingTrace", "Tag", "concatenate", "content_hash", "convert_ids", "id_dtype"]
+__all__ = ["COLUMN_DTYPES", "RoutingTrace", "Tag", "array_digests", "concatenate", "content_hash"]
 
-IdDType = np.dtype[np.uint8 | np.uint16]
 Index = slice | npt.NDArray[Any] | Sequence[int]
 
 COLUMN_DTYPES: dict[str, np.dtype[Any]] = {
@@ -167,8 +167,8 @@ class RoutingTrace:
                     bad = (ids >= limit) & (ids != self.sentinel)
                     token, column = np.argwhere(bad)[0]
                     raise UsageError(
-                        f"trace.expert_LTK row {row} (layer {site.layer}), token {start + token} has expert "
-                        f"{ids[token, column]}; the layer's ids end at {limit - 1}: give logical ids and the right model"
+                        f"trace.expert_LTK row {row} (layer {site.layer}), token {start + token} has expert id "
+                        f"{ids[token, column]}, the layer's end at {limit - 1}; give logical ids and the right model"
                     )
                 if self.weight_LTK is None:
                     continue
@@ -227,24 +227,8 @@ class RoutingTrace:
             raise UsageError(f"the trace has {len(ids)} request; a split by request needs at least 2")
         count = min(len(ids) - 1, max(1, round(fraction * len(ids))))
         first = np.zeros(len(ids), dtype=bool)
-        first[np.random.default_rng(seed).permutation(len(ids))[:count]] = True
+        first[generator(seed).permutation(len(ids))[:count]] = True
         return np.asarray(first[index_T])
-
-
-def id_dtype(num_ids: int) -> IdDType:
-    """uint8 for up to 255 ids, else uint16 (one value is the sentinel). Raises UsageError beyond 65535."""
-    if num_ids > 65535:
-        raise UsageError(f"{num_ids} expert ids do not fit; a trace holds at most 65535")
-    return np.dtype(np.uint8) if num_ids <= 255 else np.dtype(np.uint16)
-
-
-def convert_ids(ids: npt.NDArray[Any], dtype: IdDType) -> npt.NDArray[Any]:
-    """`ids` (uint8 or uint16, sentinel = largest value) as `dtype` with that type's sentinel."""
-    if ids.dtype == dtype:
-        return ids
-    converted = ids.astype(dtype)
-    converted[ids == np.iinfo(ids.dtype).max] = np.iinfo(dtype).max
-    return converted
 
 
 def array_digests(trace: RoutingTrace) -> dict[str, tuple[str, tuple[int, ...], str]]:
@@ -347,6 +331,7 @@ def _widen(array: npt.NDArray[Any], top_k: int, fill: int) -> npt.NDArray[Any]:
 def _join_tags(tags: Sequence[Tag]) -> Tag:
     names = tuple(dict.fromkeys(name for tag in tags for name in tag.names))
     code = {name: number for number, name in enumerate(names)}
-    dtype = np.uint8 if len(names) <= 256 else np.uint16
+    dtype = np.dtype(np.uint8 if len(names) <= 256 else np.uint16)
+    dtype = max([dtype, *(tag.codes_T.dtype for tag in tags)], key=lambda d: d.itemsize)
     maps = [np.array([code[name] for name in tag.names], dtype=dtype) for tag in tags]
     return Tag(np.concatenate([table[tag.codes_T] for table, tag in zip(maps, tags, strict=True)]), names)

@@ -35,7 +35,7 @@ class ModelConfig:
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    initializer_range: float = 0.02
+    initializer_range: float = 0.06
 
 
 class RMSNorm(nn.Module):

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 __all__ = ["held_out_loss", "main", "training_loss"]
 
-BATCH = 8
+BATCH = 4
 WINDOW = 512
 PEAK_RATE = 2.5e-3
 FINAL_RATE_SHARE = 0.05
@@ -36,7 +36,7 @@ WARM_UP_SHARE = 0.03
 BALANCE_WEIGHT = 0.01
 Z_WEIGHT = 1e-3
 SEED = 7
-SAVE_EVERY_STEPS = 50
+SAVE_EVERY_STEPS = 100
 
 
 @dataclass(slots=True)

@@ -91,7 +91,9 @@ def attention_ns(cluster: ClusterSpec, model: ModelSpec, home_WR: IntArray) -> I
 def gather_copies(home_WR: IntArray) -> IntArray:
     """Copies (W, R, R) of the all-gather that ends a `coherent` iteration: every rank's new tokens to every other rank.
 
-    ExFlow section 4: contexts live on every rank, so each generated token is made known everywhere once.
+    ExFlow section 4: contexts live on every rank, so each token is made known everywhere once, by the rank of its last
+    layer's first expert.
+    `home_WR` counts the tokens that end on each rank.
     """
     ranks = home_WR.shape[1]
     copies = np.repeat(home_WR[:, :, None], ranks, axis=2)

@@ -136,7 +136,7 @@ def evaluate(
             pairs += int(both.sum())
         rank_before = rank_TK
     if "coherent" in wanted:
-        home_WR = np.bincount(batch_T * plan.num_ranks + source_T, minlength=batches * plan.num_ranks)
+        home_WR = np.bincount(batch_T * plan.num_ranks + location["coherent"], minlength=batches * plan.num_ranks)
         gather = gather_copies(home_WR.reshape(batches, plan.num_ranks).astype(np.int64))
         time_W["coherent"] += leg_times(cluster, gather, model.token_bytes).slowest_W
     windows_flat = np.concatenate(window_par)

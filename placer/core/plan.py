@@ -31,7 +31,7 @@ class Plan:
                       executor and simulator take it, no engine does)
     replica_share_LP  float64 (L, P) or None   share of its expert's tokens that a slot should get (visit_first uses it
                       where a token visits no replica's rank anyway); None means equal shares
-    moe_layers        absolute layer id of each row
+    moe_layers        absolute layer id of each row; num_hidden_layers counts dense layers too (engines need it)
     hashes            SHA-256 of the trace, model, cluster and limits it was solved for
     """
 
@@ -52,6 +52,7 @@ class Plan:
     bound: float | None = None
     bound_by: str = ""
     seed: int = 0
+    num_hidden_layers: int | None = None
     hashes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

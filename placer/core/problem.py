@@ -17,8 +17,9 @@ __all__ = ["PlacementProblem"]
 class PlacementProblem:
     """Where may the experts of `profile.model` live on `cluster`, and how will tokens reach them.
 
-    `redundant` slots beyond E are filled with replicas. `max_par` caps each layer's max / mean rank load (None: no
-    cap). `batch_tokens` is the number of tokens in one iteration over the whole cluster, for predicted times.
+    `redundant` slots beyond E are filled with replicas. `max_par` caps PAR, the mean over
+    layers of max / mean rank load (None: no cap).
+    `batch_tokens` is the number of tokens in one iteration over the whole cluster, for predicted times.
     `allow_empty_slots` admits plans with unequal experts per rank, which engines refuse.
     """
 

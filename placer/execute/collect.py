@@ -44,7 +44,8 @@ def gather_outputs(prepared: PreparedJob, outputs: list[Tensor], rank: int) -> T
     source_T = np.load(prepared.job.source_path, mmap_mode="r")[: prepared.job.num_tokens]
     count_R = np.bincount(source_T, minlength=dist.get_world_size()).tolist()
     own_TH = torch.cat(outputs)
-    arrived_TH = exchange(own_TH, [len(own_TH)] + [0] * (len(count_R) - 1), count_R if rank == 0 else [0] * len(count_R))
+    nothing_R = [0] * len(count_R)
+    arrived_TH = exchange(own_TH, [len(own_TH), *nothing_R[1:]], count_R if rank == 0 else nothing_R)
     if rank != 0:
         return None
     result_TH = torch.empty_like(arrived_TH[:-1])
@@ -101,7 +102,7 @@ def judge_outputs(prepared: PreparedJob, output_TH: Tensor) -> dict[str, Any]:
     routing = load_routing(job, prepared.plan)
     placed = routing.slot_LTK >= 0
     device = prepared.device
-    expert_LTK = torch.from_numpy(np.where(placed, routing.expert_LTK, -1).astype(np.int64)).to(device)
+    expert_LTK = torch.from_numpy(np.where(placed, routing.expert_LTK.astype(np.int64), -1)).to(device)
     weight_LTK = torch.from_numpy(routing.weight_LTK).to(device)
     rank_LTK = torch.from_numpy(np.where(placed, routing.slot_LTK // prepared.plan.slots_per_rank, -1)).to(device)
     with ExpertFile(Path(job.experts_path)) as file, torch.inference_mode():

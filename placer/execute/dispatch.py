@@ -190,12 +190,22 @@ def _expert_rows(slot_N: Tensor, slots_per_rank: int) -> tuple[Tensor, list[int]
 
 def _pack(x_CH: Tensor, slot_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """Rows of bytes (C, B): weights, slots, hidden state."""
-    parts = (weight_CK.float(), slot_CK.to(torch.int32), x_CH)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+    copies, top_k = slot_CK.shape
+    row_bytes = metadata_bytes("per_rank", top_k) + x_CH.shape[1] * x_CH.element_size()
+    packed_CB = torch.empty(copies, row_bytes, dtype=torch.uint8, device=x_CH.device)
+    for field, values in zip(_fields(packed_CB, top_k, x_CH.dtype), (x_CH, slot_CK, weight_CK), strict=True):
+        field.copy_(values)
+    return packed_CB
 
 
 def _unpack(packed_CB: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Inverts `_pack`: hidden states (C, H), slots (C, K) int64, weights (C, K) float32."""
+    x_CH, slot_CK, weight_CK = _fields(packed_CB, top_k, dtype)
+    return x_CH, slot_CK.long(), weight_CK
+
+
+def _fields(packed_CB: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Typed windows onto packed rows: hidden states, slots as int32, weights as float32."""
     weight_CK = packed_CB[:, : 4 * top_k].view(torch.float32)
     slot_CK = packed_CB[:, 4 * top_k : 8 * top_k].view(torch.int32)
-    return packed_CB[:, 8 * top_k :].view(dtype), slot_CK.long(), weight_CK
+    return packed_CB[:, 8 * top_k :].view(dtype), slot_CK, weight_CK

@@ -21,9 +21,10 @@ from placer.core.errors import InputFileError
 
 __all__ = ["ExpertFile", "ExpertWeights", "grouped_ffn", "swiglu"]
 
-SPLIT_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])\.weight$")
-FUSED_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
-BIAS_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\.(?:\d+\.)?\w+[._]bias$")
+EXPERTS = r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\."
+SPLIT_KEY = re.compile(EXPERTS + r"(\d+)\.(gate_proj|up_proj|down_proj|w[123])\.weight$")
+FUSED_KEY = re.compile(EXPERTS + r"(gate_up_proj|down_proj)(?:\.weight)?$")
+BIAS_KEY = re.compile(EXPERTS + r"(?:\d+\.)?\w+[._]bias$")
 ROLE = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 PLAIN_DTYPES = ("F32", "F16", "BF16", "F64")
 

@@ -21,7 +21,7 @@ STARTED, FINISHED = -1, 1 << 40
 
 
 class Heartbeat:
-    """One rank's row: process id, round, layer, phase. Without a file (launched by hand) it writes to nowhere."""
+    """One rank's row: process id, step, layer, phase. Without a file (launched by hand) it writes to nowhere."""
 
     def __init__(self, path: Path | None, rank: int) -> None:
         self._base = rank * COLUMNS
@@ -33,10 +33,10 @@ class Heartbeat:
         self._row[self._base] = os.getpid()
         self.beat(STARTED, 0, 0)
 
-    def beat(self, round_: int, layer: int, phase: int) -> None:
-        """Notes that the rank begins `phase` of `layer` in `round_`."""
+    def beat(self, step: int, layer: int, phase: int) -> None:
+        """Notes that the rank begins `phase` of `layer` in `step` (steps count the iterations of all jobs)."""
         row, base = self._row, self._base
-        row[base + 1], row[base + 2], row[base + 3] = round_, layer, phase
+        row[base + 1], row[base + 2], row[base + 3] = step, layer, phase
 
     def finish(self) -> None:
         """Notes that the rank has measured everything."""
@@ -49,7 +49,7 @@ def create_heartbeats(path: Path, num_ranks: int) -> None:
 
 
 def read_heartbeats(path: Path) -> npt.NDArray[np.int64]:
-    """Process id, round, layer and phase of each rank, (R, 4)."""
+    """Process id, step, layer and phase of each rank, (R, 4)."""
     return np.frombuffer(path.read_bytes(), dtype=np.int64).reshape(-1, COLUMNS)
 
 
@@ -61,7 +61,7 @@ def stage(row: npt.NDArray[np.int64]) -> str:
         return "loading experts and joining the group"
     if row[1] == FINISHED:
         return "writing results"
-    return f"round {row[1]}, layer {row[2]}, {PHASES[int(row[3])]}"
+    return f"step {row[1]}, layer {row[2]}, {PHASES[int(row[3])]}"
 
 
 def die_with(lock: Path) -> None:

@@ -101,8 +101,9 @@ class ReplayJob:
             raise InputFileError(f"{path}: unknown field {unknown[0]!r}; remove it or use a newer placer")
         try:
             job = cls(**data | {"stored_layers": tuple(int(layer) for layer in data["stored_layers"])})
-            resolved = {name: getattr(job, name) for name in PATHS}
-            return replace(job, **{k: None if v is None else str(path.parent / v) for k, v in resolved.items()})
+            paths: dict[str, Any] = {name: getattr(job, name) for name in PATHS}
+            paths = {name: None if value is None else str(path.parent / value) for name, value in paths.items()}
+            return replace(job, **paths)
         except KeyError as error:
             raise InputFileError(f"{path}: field {error} is missing") from error
         except (TypeError, ValueError, UsageError) as error:

@@ -5,6 +5,7 @@ Legend: L sites, T tokens (own ones unless said), K top-k, H hidden size, P slot
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -116,14 +117,15 @@ def load_routing(job: ReplayJob, plan: Plan, rank: int | None = None) -> Routing
             f"{job.expert_path}: {tokens} tokens, {len(source_T)} sources; the job replays {job.num_tokens}"
         )
     source_T = np.asarray(source_T[: job.num_tokens], dtype=np.int64)
-    if len(source_T) and not (0 <= source_T.min() and source_T.max() < plan.num_ranks):
-        raise MismatchError(f"{job.source_path}: source rank {source_T.max()}; the plan has ranks below {plan.num_ranks}")
+    if source_T.min(initial=0) < 0 or source_T.max(initial=0) >= plan.num_ranks:
+        raise MismatchError(
+            f"{job.source_path}: source ranks go from {source_T.min()} to {source_T.max()}; the plan has "
+            f"{plan.num_ranks} ranks"
+        )
     token_T = np.arange(job.num_tokens) if rank is None else np.flatnonzero(source_T == rank)
     expert_LTK = np.stack([expert_TK[token_T] for expert_TK in expert_LTK])
     source_T = source_T[token_T]
-    slot_LTK = np.stack(
-        [assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)[0] for layer in range(layers)]
-    )
+    slot_LTK = np.stack([assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)[0] for layer in range(layers)])
     if weight_LTK is None:
         count_LT = (slot_LTK >= 0).sum(axis=2, keepdims=True)
         weight = np.broadcast_to(1.0 / np.maximum(1, count_LT), slot_LTK.shape).astype(np.float32)
@@ -139,7 +141,7 @@ def prepare(job: ReplayJob, rank: int, num_ranks: int, device: torch.device, cac
     """
     plan = Plan.load(Path(job.plan_path))
     if plan.num_ranks != num_ranks:
-        raise MismatchError(f"the plan is for {plan.num_ranks} ranks, {num_ranks} were started; use --ranks of the plan")
+        raise MismatchError(f"the plan is for {plan.num_ranks} ranks, {num_ranks} were started; start as many")
     if plan.num_slots % num_ranks:
         raise MismatchError(f"{plan.num_slots} slots do not divide over {num_ranks} ranks; run `placer check`")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[job.dtype]
@@ -165,7 +167,7 @@ def prepare(job: ReplayJob, rank: int, num_ranks: int, device: torch.device, cac
             slot_LTK=torch.from_numpy(routing.slot_LTK[:, start:stop].copy()).to(device),
             weight_LTK=torch.from_numpy(routing.weight_LTK[:, start:stop].copy()).to(device),
         )
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in pairwise(bounds.tolist())
     ]
     return PreparedJob(
         job=job,

@@ -1,7 +1,7 @@
 """What launcher and ranks say to each other on one machine: a folder, and lines of progress.
 
-    run folder/  heartbeats   how far each rank is            lock     held by the launcher while it lives
-                 rank-3.json  why rank 3 gave up              job-0.json, result-0.json, arrays
+run folder/  heartbeats   how far each rank is            lock     held by the launcher while it lives
+             rank-3.json  why rank 3 gave up              job-0.json, result-0.json, arrays
 """
 
 import json

@@ -4,6 +4,7 @@ Legend: L sites, T tokens, K top-k, H hidden size, E experts, R ranks, X rows of
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,9 @@ def hidden_states(seed: int, token_T: npt.NDArray[np.int64], hidden_size: int) -
 
     A hash of (seed, token, column), so that every rank can make its own tokens' and no other's.
     """
+    column_H = np.arange(hidden_size).astype(np.uint64)
     with np.errstate(over="ignore"):
-        x = token_T.astype(np.uint64)[:, None] * np.uint64(hidden_size) + np.arange(hidden_size, dtype=np.uint64)
+        x = np.asarray(token_T.astype(np.uint64)[:, None] * np.uint64(hidden_size) + column_H, dtype=np.uint64)
         x = (x + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -91,7 +93,6 @@ def reference_forward(
     for layer in range(layers):
         x_TH = attention_stand_in(residual_TH)
         rank_TK = None if rank_LTK is None else rank_LTK[layer]
-        residual_TH = residual_TH + moe_layer(
-            x_TH, expert_LTK[layer], weight_LTK[layer], lambda e, at=layer: load(at, e), rank_TK=rank_TK
-        )
+        update_TH = moe_layer(x_TH, expert_LTK[layer], weight_LTK[layer], partial(load, layer), rank_TK=rank_TK)
+        residual_TH = residual_TH + update_TH
     return residual_TH

@@ -8,7 +8,6 @@ Legend: R ranks, I iterations, M marks, L sites.
 
 import gc
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from placer.core.errors import ExecutionError, PlacerError, UsageError
 from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
-from placer.execute.dispatch import metadata_bytes
+from placer.execute.dispatch import exchange, metadata_bytes
 from placer.execute.heartbeat import Heartbeat, die_with
 from placer.execute.job import Backend, ReplayJob
 from placer.execute.loop import Clock, PreparedJob, first_hidden, prepare, run_iteration
@@ -53,11 +52,12 @@ class RankEnvironment:
     def read(cls, environ: Mapping[str, str]) -> "RankEnvironment":
         """From torchrun's variables and, where `run_ranks` started us, its folder. Raises UsageError."""
         try:
-            numbers = [int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+            rank, num_ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+            local_rank, local_ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
         except (KeyError, ValueError) as error:
             raise UsageError(f"the environment lacks {error}; start the worker with torchrun") from error
         folder = environ.get(RunFolder.VARIABLE)
-        return cls(*numbers, folder=RunFolder(Path(folder)) if folder else None)
+        return cls(rank, num_ranks, local_rank, local_ranks, RunFolder(Path(folder)) if folder else None)
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
     rank, num_ranks = environment.rank, environment.num_ranks
     if len({(job.iterations, job.warmup, job.backend) for job in jobs}) > 1:
         raise UsageError("jobs measured together need the same iterations, warmup and backend")
-    heartbeat = Heartbeat(environment.folder and environment.folder.heartbeats, rank)
+    heartbeat = Heartbeat(environment.folder.heartbeats if environment.folder else None, rank)
     device = choose_device(jobs[0].backend, environment, torch.cuda.device_count())
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -131,6 +131,8 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
         dist.init_process_group(
             backend, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=max(job.timeout_s for job in jobs))
         )
+        # connections are made by the first message on some back ends, and must not be timed
+        exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
         records = _measure(prepared, rank, heartbeat)
         heartbeat.finish()
         timelines = _collect(prepared, records, environment)
@@ -160,13 +162,14 @@ def _measure(prepared: list[PreparedJob], rank: int, heartbeat: Heartbeat) -> li
     for round_ in range(first.warmup + first.iterations):
         recorded = round_ >= first.warmup
         index = round_ - first.warmup if recorded else round_ % first.iterations
-        for position in rng.permutation(len(prepared)).tolist():
+        for turn, position in enumerate(rng.permutation(len(prepared)).tolist()):
             one, record = prepared[position], records[position]
             hidden_TH = first_hidden(one, index)
-            heartbeat.beat(round_, 0, 0)
+            step = round_ * len(prepared) + turn
+            heartbeat.beat(step, 0, 0)
             _barrier()
             counts_L3, output_TH = run_iteration(
-                one, index, hidden_TH, rank, clock, lambda layer, phase, at=round_: heartbeat.beat(at, layer, phase)
+                one, index, hidden_TH, rank, clock, lambda layer, phase, at=step: heartbeat.beat(at, layer, phase)
             )
             if recorded:
                 record.times_IM.append(clock.read_ns())
@@ -185,7 +188,7 @@ def _collect(
 ) -> list[tuple[Any, Tensor | None]]:
     """Each job's Timeline and its outputs (None where not verified), on rank 0; nothing elsewhere. Collective."""
     rank, num_ranks = environment.rank, environment.num_ranks
-    host_R = gather_to_first(np.array(_host_id(rank), dtype=np.int64), rank, num_ranks)
+    host_R = gather_to_first(np.array([_host_id(rank)], dtype=np.int64), rank, num_ranks)
     gathered = []
     for one, record in zip(prepared, records, strict=True):
         time_RIM = gather_to_first(np.stack(record.times_IM), rank, num_ranks)
@@ -193,7 +196,7 @@ def _collect(
         home_RI = gather_to_first(np.array([len(b.token_T) for b in one.batches], dtype=np.int64), rank, num_ranks)
         output_TH = gather_outputs(one, record.outputs, rank) if one.job.verify else None
         if time_RIM is not None and host_R is not None:
-            gathered.append((one, align_clocks(time_RIM, host_R), count_RIL3, home_RI, output_TH))
+            gathered.append((one, align_clocks(time_RIM, host_R[:, 0]), count_RIL3, home_RI, output_TH))
     if host_R is None:
         return []
     zero_ns = min(int(time_RIM.min()) for _, time_RIM, *_ in gathered)

@@ -148,7 +148,10 @@ def _counters(timeline: Timeline, process: int) -> Iterator[tuple[int, Event]]:
 def _flows(
     timeline: Timeline, process: int, lane_I: npt.NDArray[np.int64]
 ) -> Iterator[tuple[tuple[int, Event], tuple[int, Event]]]:
-    """Arrow tail in the middle of a dispatch span and head in the middle of its combine span, where both are shown."""
+    """Arrow tail in the middle of a dispatch span, head in the middle of its combine span, where both are shown.
+
+    No arrow points back in time: a run whose combine began before its dispatch gets none for that layer.
+    """
     shown = timeline.duration_ns > 0
     keys = (timeline.iteration, timeline.layer, timeline.rank)
     tails: dict[tuple[int, ...], int] = {}
@@ -157,7 +160,7 @@ def _flows(
             key = tuple(int(column[span]) for column in keys)
             if name == "dispatch":
                 tails[key] = span
-            elif key in tails:
+            elif key in tails and timeline.start_ns[span] >= timeline.start_ns[tails[key]]:
                 ends = []
                 for phase, at in (("s", tails[key]), ("f", span)):
                     time_ns = int(timeline.start_ns[at] + timeline.duration_ns[at] // 2)

@@ -65,7 +65,8 @@ def read_jsonl(path: Path, model: ModelSpec | None = None, progress: Progress | 
     counts = [len(part) for part in lines.expert_TLK]
     if layer_ids is not None and len(layer_ids) != lines.expert_TLK[0].shape[1]:
         raise InputFileError(
-            f"{path}: names {len(layer_ids)} layers, the lines have {lines.expert_TLK[0].shape[1]}; correct the first line"
+            f"{path}: the first line names {len(layer_ids)} layers, the others have "
+            f"{lines.expert_TLK[0].shape[1]}; name each layer once"
         )
     notes = []
     tags = {}
@@ -82,13 +83,13 @@ def read_jsonl(path: Path, model: ModelSpec | None = None, progress: Progress | 
         lines.weight_TLK = []
     weight_LTK = None
     if lines.weight_TLK:
-        weight_LTK = as_weights(_stack(lines.weight_TLK, 0), f"{path}: weights")
+        weight_LTK = _stack(lines.weight_TLK, 0, f"{path}: weights")
     request_id_T, numbered = _requests(lines.requests, counts)
     if numbered:
         notes.append("no request ids: every line counts as one request")
     raw = RawTrace(
         where=str(path),
-        expert_LTK=as_ids(_stack(lines.expert_TLK, 65535), f"{path}: experts"),
+        expert_LTK=_stack(lines.expert_TLK, 65535, f"{path}: experts"),
         weight_LTK=weight_LTK,
         request_id_T=request_id_T,
         layer_ids=layer_ids,
@@ -136,6 +137,7 @@ def _cube(value: Any, fill: float, kinds: str, where: str) -> npt.NDArray[Any]:
         width = max(1, max(len(ids) for layers in tokens for ids in layers))
         if not all(len(layers) == len(tokens[0]) for layers in tokens):
             raise InputFileError(f"{where}: the tokens have different numbers of layers; give [] for a skipped layer")
+        _room(len(tokens) * len(tokens[0]) * width, sum(len(ids) + 1 for layers in tokens for ids in layers), where)
         cube = np.array([[ids + [fill] * (width - len(ids)) for ids in layers] for layers in tokens])
     except (TypeError, ValueError, OverflowError) as error:
         raise InputFileError(f"{where}: is not a list of numbers per layer ({error})") from error
@@ -144,12 +146,20 @@ def _cube(value: Any, fill: float, kinds: str, where: str) -> npt.NDArray[Any]:
     return cube
 
 
+def _room(cells: int, given: int, where: str) -> None:
+    # one long row among many short ones would otherwise make a small file fill the memory
+    if cells > max(1_000_000, 256 * given):
+        raise InputFileError(f"{where}: rows of very different lengths; no router chooses so many experts at once")
+
+
 def _values(key: str, value: Any, tokens: int, where: str) -> npt.NDArray[np.int64]:
     values = value if isinstance(value, list) else [value] * tokens
     if key == "phase":
         values = [PHASES.get(item, item) if isinstance(item, str) else item for item in values]
     if len(values) != tokens or not all(type(item) is int and -(2**63) <= item < 2**63 for item in values):
-        raise InputFileError(f"{where}: {key} is {str(value)[:60]}; give an integer, or one for each of {tokens} tokens")
+        raise InputFileError(
+            f"{where}: {key} is {str(value)[:60]}; give an integer, or one for each of {tokens} tokens"
+        )
     return np.array(values, dtype=np.int64)
 
 
@@ -169,10 +179,11 @@ def _requests(requests: list[Any], counts: list[int]) -> tuple[npt.NDArray[np.in
     return as_requests(np.repeat(texts, counts), "request_id"), False
 
 
-def _stack(parts: list[npt.NDArray[Any]], fill: int) -> npt.NDArray[Any]:
+def _stack(parts: list[npt.NDArray[Any]], fill: int, where: str) -> npt.NDArray[Any]:
     """The parts (tokens, layers, columns) one behind the other as (layers, tokens, most columns)."""
-    tokens, layers = sum(len(part) for part in parts), parts[0].shape[1]
-    stacked = np.full((layers, tokens, max(part.shape[2] for part in parts)), fill, dtype=parts[0].dtype)
+    tokens, layers, columns = sum(len(part) for part in parts), parts[0].shape[1], max(part.shape[2] for part in parts)
+    _room(tokens * layers * columns, sum(part.size for part in parts), where)
+    stacked = np.full((layers, tokens, columns), fill, dtype=parts[0].dtype)
     start = 0
     for part in parts:
         stacked[:, start : start + len(part), : part.shape[2]] = part.transpose(1, 0, 2)

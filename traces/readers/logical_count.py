@@ -19,7 +19,10 @@ __all__ = ["counts_from_rows", "read_logical_count"]
 
 
 def read_logical_count(path: Path, model: ModelSpec | None = None, progress: Progress | None = None) -> LoadCounts:
-    """The counts of a JSON file, (layers, experts) or (steps, layers, experts). Raises InputFileError, MismatchError."""
+    """The counts in a JSON file, (layers, experts) or (steps, layers, experts).
+
+    Raises InputFileError or MismatchError.
+    """
     path = Path(path)
     data = load_json(path)
     if not isinstance(data, dict) or "logical_count" not in data:
@@ -47,7 +50,7 @@ def counts_from_rows(
     if int(counts.min()) < 0 or int(counts.max()) >= 2**53:
         raise InputFileError(f"{where}: has {int(counts.min())}..{int(counts.max())}; counts are 0 or more")
     load_WLE = counts.astype(np.int64).reshape(-1, *counts.shape[-2:])
-    used_W = load_WLE.any(axis=(1, 2))
+    used_W = np.asarray(load_WLE.any(axis=(1, 2)))
     if not used_W.any():
         raise InputFileError(f"{where}: every count is 0; record some requests first")
     if not used_W.all():

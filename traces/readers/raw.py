@@ -13,7 +13,8 @@ import numpy.typing as npt
 from placer.core.errors import InputFileError, MismatchError, UsageError
 from placer.core.model import ModelSpec, Site
 from traces.detect import repair
-from traces.trace import COLUMN_DTYPES, RoutingTrace, Tag, convert_ids, id_dtype
+from traces.ids import convert_ids, id_dtype
+from traces.trace import COLUMN_DTYPES, RoutingTrace, Tag
 
 __all__ = ["RawTrace", "as_ids", "as_requests", "as_tag", "as_weights", "column", "finish", "infer_model"]
 

@@ -86,13 +86,17 @@ def _replies(path: Path) -> Iterator[tuple[str, Any, int]]:
             return
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    lines = 0
     try:
         for number, reply, done in json_lines(path):
+            lines += 1
             if isinstance(reply, list):
                 yield from ((f"{path}: reply {index}", item, done) for index, item in enumerate(reply))
             else:
                 yield f"{path}: line {number}", reply, done
     except InputFileError:
+        if lines:
+            raise
         # not one reply per line: perhaps one value over many lines
         value = load_json(path)
         size = path.stat().st_size
@@ -108,8 +112,9 @@ def _payloads(reply: Any, where: str) -> Iterator[tuple[str, int | None, int | N
     usage = {**meta, **_table(reply, "usage")}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     prompt = prompt if type(prompt) is int and 0 <= prompt < 2**31 else None
-    known = prompt is not None and type(completion) is int and 0 <= completion < 2**31
-    total = prompt + completion if known else None
+    total = None
+    if prompt is not None and type(completion) is int and 0 <= completion < 2**31:
+        total = prompt + completion
     choices = reply.get("choices")
     holders = [meta, _table(reply, "sglext"), *(choices if isinstance(choices, list) else [])]
     texts = [item["routed_experts"] for item in holders if isinstance(item, Mapping) and item.get("routed_experts")]
@@ -118,6 +123,11 @@ def _payloads(reply: Any, where: str) -> Iterator[tuple[str, int | None, int | N
             raise InputFileError(f"{where}: routed_experts is a {type(text).__name__}; give the base64 text as sent")
         # the usage of several choices is their sum, so that a single one's length is unknown
         yield text, prompt, total if len(texts) == 1 else None
+
+
+def _table(reply: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = reply.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _decode(text: str, model: ModelSpec | None, where: str) -> npt.NDArray[Any]:
@@ -129,11 +139,15 @@ def _decode(text: str, model: ModelSpec | None, where: str) -> npt.NDArray[Any]:
     if data.startswith(MAGIC):
         ids = array_from_bytes(data, f"{where}: routed_experts")
         if ids.ndim != 3 or ids.dtype.kind not in "iu" or not ids.size:
-            raise InputFileError(f"{where}: routed_experts is {ids.dtype} {ids.shape}; give integers (tokens, layers, k)")
+            raise InputFileError(
+                f"{where}: routed_experts is {ids.dtype} {ids.shape}; give integers (tokens, layers, k)"
+            )
         # uint8 goes up to 255 experts here: widening keeps id 255 from being read as unset
         return ids.astype(np.uint16) if ids.dtype == np.uint8 else as_ids(ids, where)
     if model is None:
-        raise UsageError(f"{where}: raw routed_experts have no shape; give the model (--model) for its layers and top-k")
+        raise UsageError(
+            f"{where}: raw routed_experts have no shape; give the model (--model) for its layers and top-k"
+        )
     row = model.num_hidden_layers * model.top_k
     if not data or len(data) % (4 * row):
         raise InputFileError(

@@ -1,0 +1,58 @@
+"""The command line. Heavy packages are imported inside the verbs that need them, so `placer --help` answers at once."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from placer import __version__
+from placer.cli import plans, timelines, trace
+from placer.core.errors import PlacerError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="placer",
+    help="Decides where the experts of a Mixture-of-Experts model live: solves, predicts, measures, exports.",
+    epilog="Start: placer trace import SRC --from npz -o t.safetensors; placer solve t.safetensors --cluster node8 "
+    "-o plan.json; placer export plan.json --to sglang -o map.json",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(trace.app, name="trace")
+plans.register(app)
+timelines.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"placer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop.")
+    ] = False,
+) -> None:
+    """Decides where the experts of a Mixture-of-Experts model live."""
+
+
+def main() -> None:
+    """Entry point of the `placer` command: placer's own errors become one line and their exit code."""
+    try:
+        app()
+    except PlacerError as error:
+        sys.stderr.write(f"placer: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("placer: interrupted; nothing was left half-written\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except MemoryError:
+        sys.stderr.write("placer: out of memory; use a smaller trace, fewer expert sets or a larger window\n")
+        sys.exit(1)

@@ -1,0 +1,136 @@
+"""What the verbs share: flags, numbers with units, progress on standard error, output for people and machines."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from placer.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from placer.core.model import ModelSpec
+    from placer.report.tables import DataTable
+
+__all__ = [
+    "ClusterFlag",
+    "ConfigFlag",
+    "JsonFlag",
+    "ModelFlag",
+    "OutFlag",
+    "emit",
+    "load_model",
+    "parse_share",
+    "parse_time",
+    "progress_line",
+    "require_parent",
+    "status_line",
+    "warn",
+]
+
+ClusterFlag = Annotated[
+    str,
+    typer.Option(
+        "--cluster",
+        help="nodeN (one node of N ranks), NxM (N nodes of M ranks), a preset (h100, h200-2x8, gb200-nvl72, "
+        "cpu-4x1-200mbit, cpu-4) or a YAML file.",
+    ),
+]
+ConfigFlag = Annotated[Path | None, typer.Option("--config", help="YAML with sections profile, solve and run.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
+ModelFlag = Annotated[
+    str | None,
+    typer.Option("--model", help="Model preset (gpt-oss-20b, deepseek-v3, ...), a config.json or its folder."),
+]
+OutFlag = Annotated[Path, typer.Option("-o", "--output", help="File to write, whole or not at all.")]
+
+
+def load_model(name: str | None) -> "ModelSpec | None":
+    """The model a flag names, or None. Raises UsageError, InputFileError."""
+    if name is None:
+        return None
+    from traces.hf_config import MODELS, model_from_hf_config
+
+    if name in MODELS:
+        return MODELS[name]
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.exists():
+        return model_from_hf_config(path)
+    raise UsageError(f"model {name!r} is neither a file nor a preset; presets: {', '.join(sorted(MODELS))}")
+
+
+def parse_time(text: str) -> float:
+    """Seconds in `60`, `60s`, `5m` or `1h`. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"--time {text!r} is not a duration; write 60s, 5m or 1h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+
+
+def parse_share(text: str, flag: str) -> float:
+    """A fraction in `1%` or `0.01`. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%)?", text.strip())
+    value = float(match[1]) * (0.01 if match[2] else 1) if match else -1.0
+    if not 0 <= value < 1:
+        raise UsageError(f"{flag} {text!r} is not a share; write 1% or 0.01")
+    return value
+
+
+def require_parent(path: Path) -> None:
+    """Refuses an output whose folder is missing before any long work starts. Raises UsageError."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def warn(messages: list[str] | tuple[str, ...]) -> None:
+    """Lines for a person, on standard error."""
+    for message in messages:
+        sys.stderr.write(f"warning: {message}\n")
+
+
+def progress_line(what: str) -> Callable[[int, int], None]:
+    """A progress callback: one line rewritten on a terminal, a line every ten seconds elsewhere; standard error."""
+    terminal = sys.stderr.isatty()
+    started = time.monotonic()
+    last = started
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (0.2 if terminal else 10.0) and not (terminal and done >= total):
+            return
+        last = now
+        share = 100 * done / max(1, total)
+        text = f"{what}: {share:3.0f} % after {now - started:.0f} s"
+        sys.stderr.write(f"\r{text}\033[K" + ("\n" if done >= total else "") if terminal else text + "\n")
+        sys.stderr.flush()
+
+    return show
+
+
+def status_line(text: str) -> None:
+    """One line of progress on standard error."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+def emit(as_json: bool, data: dict[str, Any], tables: "tuple[DataTable, ...]", lines: tuple[str, ...] = ()) -> None:
+    """Prints `data` as one JSON object, or the tables and lines for a person."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+        return
+    from rich.console import Console
+
+    from placer.report.tables import render
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    for table in tables:
+        render(table, console)
+    for line in lines:
+        sys.stdout.write(line + "\n")

@@ -1,0 +1,216 @@
+"""`placer profile`, `solve`, `check` and `export`: from a trace to a plan an engine can load."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from placer.cli.common import (
+    ClusterFlag,
+    ConfigFlag,
+    JsonFlag,
+    ModelFlag,
+    OutFlag,
+    emit,
+    load_model,
+    parse_share,
+    parse_time,
+    progress_line,
+    require_parent,
+    warn,
+)
+
+__all__ = ["register"]
+
+PlanArgument = Annotated[Path, typer.Argument(help="A plan that `placer solve` wrote.")]
+ModeFlag = Annotated[
+    str, typer.Option("--mode", help="How tokens travel: per_expert, per_rank, per_node, coherent or allgather.")
+]
+
+
+def profile(
+    trace: Annotated[Path, typer.Argument(help="A trace in any format placer reads.")],
+    output: OutFlag,
+    model: ModelFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Counts a trace into a small profile without prompts, which can be shared and solved elsewhere."""
+    from placer.config import load_settings
+    from placer.pipeline import open_source, profile_of
+    from traces.profile_store import save_profile
+
+    require_parent(output)
+    settings = load_settings(config)
+    source = open_source(trace, load_model(model), progress_line("reading"))
+    counted = profile_of(source, settings.profile, progress_line("counting"))
+    save_profile(counted, output)
+    data = {"output": str(output), "tokens": counted.num_tokens, "bytes": output.stat().st_size}
+    emit(as_json, data, (), (f"wrote {output}: {counted.num_tokens:,} tokens in {data['bytes']:,} bytes",))
+
+
+def solve(
+    source: Annotated[Path, typer.Argument(metavar="TRACE|PROFILE", help="What was routed; all of it is planned on.")],
+    cluster: ClusterFlag,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the plan goes (JSON).")] = None,
+    mode: ModeFlag = "per_rank",
+    redundant: Annotated[int, typer.Option(help="Slots beyond one per expert, filled with replicas.")] = 0,
+    max_par: Annotated[
+        float | None,
+        typer.Option(
+            help="Cap on max / mean rank load, mean over layers, on unseen requests; inf for none. "
+            "Left out: 1.10, or 5 % above the proven least if that is more."
+        ),
+    ] = None,
+    solver: Annotated[
+        str,
+        typer.Option(help="auto, linear, round_robin, eplb, eplb_hierarchical, lpt, coactivation, moetuner or cpsat."),
+    ] = "auto",
+    time: Annotated[str, typer.Option(help="Time limit: 60s, 5m, 1h.")] = "60s",
+    gap: Annotated[str, typer.Option(help="Stop when proven within this share of the best: 1%.")] = "0%",
+    seed: Annotated[int, typer.Option(help="Same seed, same plan (unless the time limit stops the search).")] = 0,
+    current: Annotated[Path | None, typer.Option("--from", help="A plan to start from.")] = None,
+    model: ModelFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Finds a placement, with a lower bound and the gap to it. Exit code 5: no placement meets the limits."""
+    from placer.config import load_cluster, load_settings
+    from placer.core.plan import Plan
+    from placer.pipeline import open_source
+    from placer.pipeline import solve as run
+
+    if output is not None:
+        require_parent(output)
+    settings = load_settings(config)
+    solved = run(
+        open_source(source, load_model(model), progress_line("reading")),
+        load_cluster(cluster),
+        mode=mode,  # type: ignore[arg-type]  # validated by PlacementProblem
+        redundant=redundant,
+        max_par="auto" if max_par is None else max_par,
+        solver=solver,
+        time_limit_s=parse_time(time),
+        gap=parse_share(gap, "--gap"),
+        seed=seed,
+        current=None if current is None else Plan.load(current),
+        profile_settings=settings.profile,
+        solve_settings=settings.solve,
+        progress=progress_line("solving"),
+    )
+    if output is not None:
+        solved.plan.save(output)
+    warn(solved.warnings)
+    result, judged = solved.result, asdict(solved.evaluation)
+    data: dict[str, Any] = {
+        "solver": result.solver,
+        "status": result.status,
+        "stopped_by": result.stopped_by,
+        "objective_name": result.objective_name,
+        "objective": result.objective,
+        "bound": result.bound,
+        "bound_by": result.bound_by,
+        "gap": result.gap,
+        "seconds": round(result.seconds, 3),
+        "mode": mode,
+        "max_par": solved.problem.max_par,
+        **judged,
+        "seed": seed,
+        "plan": None if output is None else str(output),
+        "message": result.message,
+    }
+    if output is None:
+        data["plan"] = json.loads(solved.plan.to_json())
+    emit(as_json, data, _solved_tables(data), (f"wrote {output}",) if output else ())
+
+
+def _solved_tables(data: dict[str, Any]) -> Any:
+    from placer.report.tables import DataTable
+
+    keys = ("solver", "status", "stopped_by", "objective_name", "objective", "bound", "bound_by", "gap", "seconds")
+    judged = ("ranks_touched", "nodes_touched", "copies_sent", "par", "par_window_mean", "par_window_p99", "kept")
+    rows = [(key, data[key]) for key in keys]
+    rows += [(key, data[key]) for key in judged if key in data]
+    rows += [(f"iteration_us ({mode})", value) for mode, value in (data.get("iteration_us") or {}).items()]
+    from placer.report.tables import format_cell
+
+    cells = tuple((key, format_cell(value)) for key, value in rows)
+    notes = (data["message"],) if data["message"] else ()
+    return (DataTable(title="Solved; judged on the same requests", columns=("what", "value"), rows=cells, notes=notes),)
+
+
+def check(
+    plan: PlanArgument,
+    trace: Annotated[Path, typer.Option("--trace", help="Trace or profile to judge the plan on.")],
+    cluster: ClusterFlag,
+    max_par: Annotated[float | None, typer.Option(help="Also refuse a plan whose PAR is above this.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="A plan that this one may not be worse than.")] = None,
+    max_regression: Annotated[str, typer.Option(help="How much worse it may be: 2%.")] = "2%",
+    model: ModelFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Says whether a plan is legal and, with --baseline, no worse. Exit code 6: illegal; 7: a regression."""
+    from placer.config import load_cluster, load_settings
+    from placer.core.plan import Plan
+    from placer.pipeline import check_plan, open_source
+
+    settings = load_settings(config)
+    report = check_plan(
+        Plan.load(plan),
+        open_source(trace, load_model(model), progress_line("reading")),
+        load_cluster(cluster),
+        max_par=max_par,
+        baseline=None if baseline is None else Plan.load(baseline),
+        max_regression=parse_share(max_regression, "--max-regression"),
+        profile_settings=settings.profile,
+        solve_settings=settings.solve,
+    )
+    warn(report.warnings)
+    data = {
+        "plan": str(plan),
+        "legal": not report.violations,
+        "violations": [asdict(violation) for violation in report.violations],
+        "regressions": list(report.regressions),
+        "warnings": list(report.warnings),
+        "evaluation": None if report.evaluation is None else asdict(report.evaluation),
+    }
+    emit(as_json, data, (), () if report.violations or report.regressions else (f"{plan}: legal",))
+    report.raise_for_status()
+
+
+def export(
+    plan: PlanArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="sglang, vllm, vllm-initial-mapping, vllm-expert-map, vllm-placement-file, trtllm, ascend or eplb.",
+        ),
+    ],
+    output: OutFlag,
+    model: ModelFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Writes the plan in an engine's own format, reads it back, and prints the flags that load it."""
+    from placer.core.plan import Plan
+    from placer.export import export_plan
+    from placer.pipeline import model_of_plan
+
+    require_parent(output)
+    read = Plan.load(plan)
+    flags = export_plan(read, model_of_plan(read, load_model(model)), to, output)
+    emit(
+        as_json,
+        {"output": str(output), "to": to, "load_with": flags},
+        (),
+        (f"wrote {output}", f"load it with: {flags}"),
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs of this module to `app`."""
+    for verb in (profile, solve, check, export):
+        app.command(no_args_is_help=True)(verb)

@@ -1,0 +1,148 @@
+"""`placer simulate`, `run` and `compare`: a plan's predicted and measured Timelines."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.common import (
+    ClusterFlag,
+    ConfigFlag,
+    JsonFlag,
+    ModelFlag,
+    OutFlag,
+    emit,
+    load_model,
+    progress_line,
+    require_parent,
+    status_line,
+    warn,
+)
+from placer.cli.plans import PlanArgument
+
+__all__ = ["register"]
+
+ChromeFlag = Annotated[
+    Path | None, typer.Option("--chrome", help="Also write a Chrome trace (open it in Perfetto or chrome://tracing).")
+]
+TraceFlag = Annotated[Path, typer.Option("--trace", help="The routed tokens to send through the plan.")]
+ModeFlag = Annotated[str | None, typer.Option("--mode", help="Dispatch mode, if not the plan's own.")]
+
+
+def simulate(
+    plan: PlanArgument,
+    trace: TraceFlag,
+    cluster: ClusterFlag,
+    output: OutFlag,
+    fidelity: Annotated[
+        str, typer.Option(help="port (closed form) or phase (ranks run on without barriers).")
+    ] = "phase",
+    mode: ModeFlag = None,
+    iterations: Annotated[int | None, typer.Option(help="Simulate the first so many iterations only.")] = None,
+    chrome: ChromeFlag = None,
+    model: ModelFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predicts how long the plan takes on a cluster, phase by phase and rank by rank."""
+    from placer.config import load_cluster, load_settings
+    from placer.core.plan import Plan
+    from placer.pipeline import open_trace, predict
+
+    for path in (output, chrome):
+        if path is not None:
+            require_parent(path)
+    settings = load_settings(config)
+    timeline, warnings = predict(
+        Plan.load(plan),
+        open_trace(trace, load_model(model), progress_line("reading")),
+        load_cluster(cluster),
+        fidelity=fidelity,
+        mode=mode,
+        batch_tokens=settings.solve.batch_tokens,
+        iterations=iterations,
+        progress=progress_line("simulating"),
+    )
+    warn(warnings)
+    _finish([timeline], [str(plan)], output, chrome, as_json)
+
+
+def run(
+    plan: PlanArgument,
+    output: OutFlag,
+    trace: TraceFlag,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="Folder of a checkpoint whose expert weights to use; else random ones."),
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes to start; must be the plan's number of ranks.")] = None,
+    mode: ModeFlag = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Also predict the very same job on this cluster, and compare.")
+    ] = None,
+    chrome: ChromeFlag = None,
+    config: ConfigFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures the plan on real torch.distributed ranks of this machine (NCCL on GPUs, gloo on CPUs)."""
+    from placer.config import load_cluster, load_settings
+    from placer.core.plan import Plan
+    from placer.pipeline import measure, open_trace
+
+    for path in (output, chrome):
+        if path is not None:
+            require_parent(path)
+    settings = load_settings(config)
+    timelines, names = measure(
+        Plan.load(plan),
+        open_trace(trace, None, progress_line("reading")),
+        checkpoint=model,
+        ranks=ranks,
+        mode=mode,
+        settings=settings.run,
+        cluster=None if cluster is None else load_cluster(cluster),
+        progress=status_line,
+    )
+    _finish(timelines, names, output, chrome, as_json)
+
+
+def compare(
+    timelines: Annotated[list[Path], typer.Argument(help="Timelines that simulate or run wrote; the first is 1.00.")],
+    chrome: ChromeFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Puts timelines side by side: predicted and measured, or one plan and another."""
+    from placer.core.timeline import Timeline
+    from placer.report.chrome import write_chrome_trace
+    from placer.report.compare import compare as compare_timelines
+    from placer.report.compare import comparison_tables
+
+    loaded = [Timeline.load(path) for path in timelines]
+    names = [str(path) for path in timelines]
+    comparison = compare_timelines(loaded, names)
+    if chrome is not None:
+        require_parent(chrome)
+        write_chrome_trace(chrome, loaded, names)
+    emit(as_json, comparison.to_dict(), comparison_tables(comparison))
+
+
+def _finish(timelines: list, names: list[str], output: Path, chrome: Path | None, as_json: bool) -> None:  # type: ignore[type-arg]
+    from placer.report.chrome import write_chrome_trace
+    from placer.report.compare import compare as compare_timelines
+    from placer.report.compare import comparison_tables
+
+    timelines[0].save(output)
+    if chrome is not None:
+        write_chrome_trace(chrome, timelines, names)
+    comparison = compare_timelines(timelines, names)
+    data = {"output": str(output), "chrome": None if chrome is None else str(chrome), "about": timelines[0].about}
+    data["timelines"] = [asdict(summary) for summary in comparison.timelines]
+    data["errors"] = [asdict(error) for error in comparison.errors]
+    emit(as_json, data, comparison_tables(comparison), (f"wrote {output}", *((f"wrote {chrome}",) if chrome else ())))
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs of this module to `app`."""
+    for verb in (simulate, run, compare):
+        app.command(no_args_is_help=True)(verb)

@@ -1,0 +1,62 @@
+"""Settings beyond the command line's few flags: one YAML file, every key optional."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from placer.config.strict import from_mapping, read_yaml
+from placer.core.errors import UsageError
+from placer.core.modes import ReplicaChoice
+
+__all__ = ["ProfileSettings", "RunSettings", "Settings", "SolveSettings", "load_settings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSettings:
+    """How a trace is counted: tokens per load window, request folds, expert sets kept per layer."""
+
+    window_tokens: int = 2048
+    folds: int = 64
+    max_sets_per_layer: int = 131_072
+
+    def __post_init__(self) -> None:
+        for name in ("window_tokens", "folds", "max_sets_per_layer"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"profile.{name} is {getattr(self, name)}; give 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveSettings:
+    """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks."""
+
+    replica_choice: ReplicaChoice = "visit_first"
+    batch_tokens: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """Size of a measured replay. Weights are random and small unless --model gives a checkpoint."""
+
+    hidden_size: int = 256
+    moe_intermediate_size: int = 512
+    tokens_per_iteration: int = 512
+    iterations: int = 8
+    warmup: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings; `profile`, `solve` and `run` are the sections of the YAML file."""
+
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    solve: SolveSettings = field(default_factory=SolveSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def load_settings(path: Path | None) -> Settings:
+    """The settings in a YAML file, or the defaults. Raises InputFileError."""
+    if path is None:
+        return Settings()
+    return from_mapping(Settings, read_yaml(path) or {}, where=str(path))

@@ -1,0 +1,81 @@
+"""Solvers by name; each module, and the back end it needs, is imported only when it is used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.errors import UsageError
+from placer.core.problem import PlacementProblem
+from solvers.result import SolveResult
+
+__all__ = ["SOLVERS", "SolverInfo", "choose_solver", "run_solver"]
+
+
+@dataclass(frozen=True, slots=True)
+class SolverInfo:
+    """Where a solver lives, one line about it, and which of the optional arguments it takes."""
+
+    module: str
+    function: str
+    about: str
+    takes: tuple[str, ...] = ()
+
+
+SOLVERS: dict[str, SolverInfo] = {
+    "linear": SolverInfo("solvers.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)"),
+    "round_robin": SolverInfo("solvers.simple", "solve_round_robin", "expert e on rank e mod R"),
+    "eplb": SolverInfo("solvers.eplb", "solve_eplb", "DeepSeek's EPLB rules, global"),
+    "eplb_hierarchical": SolverInfo("solvers.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first"),
+    "lpt": SolverInfo("solvers.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
+    "coactivation": SolverInfo(
+        "solvers.coactivation",
+        "solve_coactivation",
+        "few ranks touched under a load cap, no replicas",
+        ("seed", "time_limit_s", "gap", "start_LP", "progress"),
+    ),
+    "moetuner": SolverInfo(
+        "solvers.moetuner", "solve_moetuner", "MoETuner's two ILPs (small models)", ("time_limit_s",)
+    ),
+    "cpsat": SolverInfo(
+        "solvers.cpsat", "solve_cpsat", "exact ranks touched by CP-SAT (small models)", ("seed", "time_limit_s")
+    ),
+}
+
+
+def choose_solver(problem: PlacementProblem) -> str:
+    """The solver `auto` stands for: co-activation where the mode de-duplicates and the profile has expert sets."""
+    locality = problem.mode in ("per_rank", "per_node", "coherent")
+    return "coactivation" if locality and problem.profile.sets and problem.redundant == 0 else "lpt"
+
+
+def run_solver(
+    name: str,
+    problem: PlacementProblem,
+    *,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    gap: float = 0.0,
+    start_LP: npt.NDArray[np.int64] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SolveResult:
+    """Runs one solver from `start_LP` (a placement, or None) until it is done, within `gap` or out of time.
+
+    In `coherent` mode its ranks are then aligned over layers. Raises UsageError for a bad name.
+    """
+    name = choose_solver(problem) if name == "auto" else name
+    if name not in SOLVERS:
+        raise UsageError(f"solver {name!r} is not known; use auto or one of {', '.join(SOLVERS)}")
+    info = SOLVERS[name]
+    given = {"seed": seed, "time_limit_s": time_limit_s, "gap": gap, "start_LP": start_LP, "progress": progress}
+    solve = getattr(import_module(info.module), info.function)
+    result: SolveResult = solve(problem, **{key: given[key] for key in info.takes})
+    transitions = problem.profile.transition_LEE
+    if problem.mode == "coherent" and result.slot_expert_LP is not None and transitions is not None:
+        align_ranks = import_module("solvers.relabel").align_ranks
+        aligned = align_ranks(result.slot_expert_LP, transitions, problem.cluster.num_ranks)
+        if result.replica_share_LP is None:
+            result = replace(result, slot_expert_LP=aligned)
+    return result
