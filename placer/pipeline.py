@@ -405,7 +405,7 @@ def measure(
 
     Raises DependencyError without torch, ExecutionError for a rank that failed, MismatchError for other ranks.
     """
-    from placer.execute import replay
+    from placer.execute.measure import replay, replayed_model
 
     settings = settings or RunSettings()
     used = settings.iterations * settings.tokens_per_iteration
@@ -435,16 +435,7 @@ def measure(
     )
     timelines, names = [measured], ["measured"]
     if cluster is not None:
-        about, bytes_each = measured.about, 4.0 if settings.dtype == "float32" else 2.0
-        model = replace(
-            trace.model,
-            hidden_size=about["hidden_size"],
-            moe_intermediate_size=about["moe_intermediate_size"],
-            weight_bytes=bytes_each,
-            activation_bytes=bytes_each,
-            attention_params=0,
-            shared_intermediate_size=0,
-        )
+        model = replayed_model(trace.model, measured.about)
         same = replace(trace.select_tokens(slice(0, used)), model=model, checked=True, known_sha256=trace.sha256)
         predicted, _ = predict(plan, same, cluster, mode=mode, batch_tokens=settings.tokens_per_iteration)
         timelines.append(predicted)

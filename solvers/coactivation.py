@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import InfeasibleError, UsageError
+from placer.core.evaluate import par
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from solvers.anneal import anneal_layer, incidence, touched
-from solvers.frontier import Candidate, cheapest_under_cap, implied_price
+from solvers.frontier import Candidate, cheapest_under_caps, implied_price
 from solvers.load import par_bound
 from solvers.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
@@ -34,6 +35,9 @@ SCAN_PRICES = (0.4, 1.0, 2.0, 4.0, 10.0, 25.0)
 
 REFINE_FACTORS = (0.75, 1.0, 1.33)
 VISITS_PER_LAYER = 5e8
+NEAR_FLOOR = 0.02
+"""PAR this near to the best balanced placement costs nearly all that co-activation gains, for no more than noise."""
+
 DRAWS = 32
 SEARCH_SPREAD = 1.0
 JUDGE_SPREAD = 2.0**0.5
@@ -50,6 +54,7 @@ class _Layer:
     set_I: npt.NDArray[np.int32]
     draw_EB: FloatArray
     judge_EB: FloatArray
+    load_E: IntArray
     tokens: int
     steps: int
 
@@ -66,7 +71,9 @@ def solve_coactivation(
     """Few ranks touched at mean PAR <= problem.max_par (None: PAR is free); no replicas beyond the experts themselves.
 
     The cap is meant for requests that were not seen: PAR is estimated on draws of the request folds with the variance
-    of a fresh sample (`load_draws`), and the search keeps that estimate under the cap wherever it can.
+    of a fresh sample (`load_draws`), and that estimate is kept under the cap, or under NEAR_FLOOR more than the
+    estimate of the best balanced placement where the requests differ too much for the cap. PAR on the requests seen is
+    under the cap always.
     Objective: mean over layers and tokens of ranks touched, in `per_node` mode plus nodes touched at the links' price.
     Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it.
     Complexity: O(L * VISITS_PER_LAYER). Raises UsageError without expert sets, InfeasibleError for an impossible cap.
@@ -91,8 +98,11 @@ def solve_coactivation(
         given_LE = _rank_of_expert(start_LP, ranks)
         for layer, item in enumerate(prepared):
             pools[layer].append(_candidate(problem, item, given_LE[layer], node_weight))
-    cap = problem.max_par if problem.max_par is not None else np.inf
-    bound = capacity_bound(problem) * (1 + node_weight)
+    cap_seen = problem.max_par if problem.max_par is not None else np.inf
+    floor = float(np.mean([pool[0].par for pool in pools]))
+    cap = max(cap_seen, floor + NEAR_FLOOR)
+    node_slots = problem.slots_per_rank * cluster.ranks_per_node
+    bound = capacity_bound(problem, problem.slots_per_rank) + node_weight * capacity_bound(problem, node_slots)
     stopped_by: StoppedBy = "effort"
     prices = list(SCAN_PRICES) if np.isfinite(cap) else []
     total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
@@ -104,7 +114,7 @@ def solve_coactivation(
             prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
             share = share if price > 0 else 0.8
         for index, price in enumerate(prices):
-            chosen = cheapest_under_cap(pools, cap)
+            chosen = cheapest_under_caps(pools, cap, cap_seen)
             if _cost(chosen) <= bound / max(1e-12, 1 - gap):
                 stopped_by = "gap"
                 break
@@ -119,7 +129,7 @@ def solve_coactivation(
                 done += 1
                 if progress:
                     progress(done, total)
-    chosen = cheapest_under_cap(pools, cap)
+    chosen = cheapest_under_caps(pools, cap, cap_seen)
     rank_LE = np.stack([candidate.rank_E for candidate in chosen])
     objective = _cost(chosen)
     if progress:
@@ -132,9 +142,9 @@ def solve_coactivation(
         objective_name="ranks_touched" if node_weight == 0 else f"ranks_touched + {node_weight:.3g} * nodes_touched",
         objective=objective,
         bound=bound,
-        bound_by="capacity: ceil(k / slots per rank)",
+        bound_by="capacity: ceil(k / slots)",
         seconds=time.perf_counter() - started,
-        message=_promise(chosen, cap),
+        message=_promise(chosen, cap_seen),
     )
 
 
@@ -155,13 +165,13 @@ def load_draws(load_FLE: IntArray, draws: int, seed: int, *, spread: float) -> F
     return np.ascontiguousarray(np.maximum(drawn, 0.0).transpose(1, 2, 0))
 
 
-def capacity_bound(problem: PlacementProblem) -> float:
-    """Mean ranks touched is at least this: a token's k distinct experts fill at least ceil(k / C) ranks."""
+def capacity_bound(problem: PlacementProblem, slots: int) -> float:
+    """Mean groups (ranks, nodes) of `slots` slots touched is at least this: k distinct experts fill ceil(k / slots)."""
     per_layer = []
     for sets in problem.profile.sets:
         size_H = (sets.expert_HK >= 0).sum(axis=1)
         weight = sets.weight_H * (size_H > 0)
-        least = -(-size_H // problem.slots_per_rank)
+        least = -(-size_H // slots)
         per_layer.append(float((least * weight).sum() / max(1, weight.sum())))
     return float(np.mean(per_layer))
 
@@ -199,7 +209,8 @@ def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_E
     first_E, set_I = incidence(sets.expert_HK, experts)
     visits = max(1.0, 2.0 * len(set_I) / experts)
     steps = int(np.clip(VISITS_PER_LAYER / visits, 2_000, 6_000 * experts))
-    return _Layer(sets, first_E, set_I, draw_EB, judge_EB, max(1, int(sets.weight_H.sum())), steps)
+    load_E = problem.profile.load_LE[layer]
+    return _Layer(sets, first_E, set_I, draw_EB, judge_EB, load_E, max(1, int(sets.weight_H.sum())), steps)
 
 
 def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_weight: float) -> Candidate:
@@ -210,9 +221,9 @@ def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_w
         cost += node_weight * nodes
     load_RB = np.zeros((ranks, item.judge_EB.shape[1]))
     np.add.at(load_RB, rank_E, item.judge_EB)
-    mean_B = load_RB.mean(axis=0)
-    par = float(np.where(mean_B > 0, load_RB.max(axis=0) / np.where(mean_B > 0, mean_B, 1), 1.0).mean())
-    return Candidate(touched=cost / item.tokens, par=par, rank_E=rank_E)
+    seen_R = np.bincount(rank_E, weights=item.load_E, minlength=ranks)
+    par_seen = float(seen_R.max() / seen_R.mean()) if seen_R.any() else 1.0
+    return Candidate(touched=cost / item.tokens, par=float(par(load_RB.T).mean()), par_seen=par_seen, rank_E=rank_E)
 
 
 def _anneal(
@@ -253,6 +264,6 @@ def _cost(chosen: list[Candidate]) -> float:
 def _promise(chosen: list[Candidate], cap: float) -> str:
     estimate = float(np.mean([candidate.par for candidate in chosen]))
     text = f"PAR on unseen requests is estimated at {estimate:.3f}"
-    if np.isfinite(cap) and estimate > cap + 1e-9:
-        text += f", above the cap {cap:g}: the requests differ too much from each other for a tighter promise"
+    if estimate > cap + 1e-9:
+        text += f", above the cap {cap:g} that those planned on meet: requests differ too much for a tighter promise"
     return text

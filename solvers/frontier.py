@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Candidate", "cheapest_under_cap", "implied_price"]
+__all__ = ["Candidate", "cheapest_under_cap", "cheapest_under_caps", "implied_price"]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One placement of one layer: its cost per token, its PAR, and the rank of each expert (E,)."""
+    """One placement of one layer: cost per token, PAR expected on unseen requests, PAR on those seen, rank_E (E,)."""
 
     touched: float
     par: float
+    par_seen: float
     rank_E: npt.NDArray[np.int64]
 
 
@@ -43,6 +44,17 @@ def implied_price(pools: list[list[Candidate]], cap: float) -> float:
         if low > 0 and high / low < 1.01:
             break
     return high
+
+
+def cheapest_under_caps(pools: list[list[Candidate]], cap: float, cap_seen: float) -> list[Candidate]:
+    """As `cheapest_under_cap`, with `cap` tightened until the PAR on the requests seen is at most `cap_seen` too."""
+    chosen = cheapest_under_cap(pools, cap)
+    floor = _mean_par([min(pool, key=lambda c: c.par) for pool in pools])
+    for step in range(1, 21):
+        if float(np.mean([candidate.par_seen for candidate in chosen])) <= cap_seen + 1e-9:
+            return chosen
+        chosen = cheapest_under_cap(pools, cap + (floor - cap) * step / 20)
+    return [min(pool, key=lambda c: (c.par_seen, c.touched)) for pool in pools]
 
 
 def cheapest_under_cap(pools: list[list[Candidate]], cap: float) -> list[Candidate]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def _answer(folder: Path, status: int, name: str) -> Any:
 
 
 def _child(folder: Path) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     module, name, arguments = pickle.loads((folder / "request").read_bytes())  # noqa: S301 - our own parent wrote it
     function = getattr(importlib.import_module(module), name)
     try:
@@ -122,8 +123,9 @@ def _child(folder: Path) -> None:
     (folder / "answer.part").rename(folder / "answer")
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     # the parent holds the other end of this pipe for as long as it lives; at EOF nobody waits for an answer any more
     # (the plain descriptor, since a thread inside sys.stdin would keep the interpreter from ending in order)
     os.read(0, 1)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

@@ -8,37 +8,27 @@ The printed ILP 1 asks for clusters of at least one expert; engines need equal o
 A pair on one rank costs nothing, which makes ILP 2 worth solving on a uniform network too. ILP 1 does not see the
 flows, so the two are not optimal together: an oracle and a baseline, not the method to use.
 
-PuLP is written as its versions 3.3 and 4 both take it: variables made by the problem, and the status from what the
-solver found, since version 3 calls a run that hit its time limit "Optimal".
-
 Legend: L routing sites, E logical experts, P slots, R ranks, C clusters (as many as ranks).
 """
 
-import importlib
-import importlib.util
-import re
-import shutil
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.cluster import ClusterSpec
-from placer.core.errors import DependencyError, SolverError, UsageError
+from placer.core.errors import SolverError, UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.isolate import IsolationTimeoutError, run_isolated
+from solvers.pulp_run import Backend, State, run_program, value_of
 from solvers.result import SolveResult, StoppedBy
 
 __all__ = ["Settings", "Stage", "assign_ranks", "cluster_layer", "pair_gbytes_RR", "solve_moetuner"]
 
-Backend = Literal["highs", "cbc"]
 Sizes = Literal["equal", "nonempty"]
-State = Literal["optimal", "feasible", "infeasible", "none"]
 
 NAME = "moetuner"
 LEAST_SHARE_S = 0.05
@@ -78,7 +68,8 @@ def solve_moetuner(
     Parameters
     ----------
     problem
-        no replicas; `max_par`, which the paper does not have, caps every layer's clusters
+        no replicas; `max_par`, which the paper does not have, caps every layer's clusters where that can be, and is
+        then checked on the mean over layers
     time_limit_s
         half for ILP 1 (shared by the layers), the rest for ILP 2; the process is killed at 1.5 times that plus 5 s
     backend
@@ -92,8 +83,8 @@ def solve_moetuner(
 
     Returns stopped_by "effort" when both stages ended by themselves and "time_limit" else, and no bound: those of the
     two programs, which `message` reports, bound neither each other nor other placements. Status "infeasible" means that
-    a layer provably has no clusters under the cap; "error" that nothing was found, or that ILP 2 has no solution for
-    the clusters of ILP 1 (sizes "nonempty" only).
+    the only layer provably has no clusters under the cap; "error" that nothing was found in time, or that the two
+    stages end in a placement above the cap, or (sizes "nonempty" only) that ILP 2 has no solution for ILP 1's clusters.
 
     Raises
     ------
@@ -138,6 +129,10 @@ def solve_moetuner(
     rank_LE = np.array(
         [rank_C[stage.value] for rank_C, stage in zip(places.value, clusters, strict=True) if stage.value is not None]
     )
+    par = _mean_par(profile.load_LE, rank_LE, problem.cluster.num_ranks)
+    if problem.max_par is not None and par > problem.max_par + 1e-9:
+        why = f"ILP 1 reaches a mean PAR of {par:.4f} and the cap is {problem.max_par}; raise --max-par, or use cpsat"
+        return _failed("infeasible", why, started)
     proven = sum(stage.state == "optimal" for stage in clusters)
     ended = proven == len(clusters) and places.state == "optimal"
     return SolveResult(
@@ -160,7 +155,7 @@ def pair_gbytes_RR(cluster: ClusterSpec) -> npt.NDArray[np.float64]:
     across = cluster.inter.gbytes_per_s
     if cluster.uplink is not None:
         across = min(across, cluster.uplink.gbytes_per_s)
-    gbytes_RR = np.where(node_R[:, None] == node_R[None, :], cluster.intra.gbytes_per_s, across)
+    gbytes_RR = np.where(node_R[:, None] == node_R[None, :], float(cluster.intra.gbytes_per_s), float(across))
     np.fill_diagonal(gbytes_RR, np.inf)
     return gbytes_RR
 
@@ -179,7 +174,12 @@ def solve_stages(
     member_LEC = np.zeros((layers, load_LE.shape[1], ranks))
     for row, load_E in enumerate(load_LE):
         left_s = time_limit_s / 2 - (time.perf_counter() - started)
-        clusters.append(cluster_layer(load_E, ranks, settings, max(LEAST_SHARE_S, left_s / (layers - row))))
+        share_s = max(LEAST_SHARE_S, left_s / (layers - row))
+        stage = cluster_layer(load_E, ranks, settings, share_s)
+        if stage.state == "infeasible" and layers > 1:
+            # the cap is on the mean over layers: others may make up for this one
+            stage = cluster_layer(load_E, ranks, replace(settings, max_par=None), share_s)
+        clusters.append(stage)
         if clusters[-1].value is None:
             return clusters, None
         member_LEC[row] = np.eye(ranks)[clusters[-1].value]
@@ -218,10 +218,10 @@ def cluster_layer(load_E: npt.NDArray[np.int64], num_clusters: int, settings: Se
             program += pulp.lpSum(members.values()) <= settings.capacity
         if settings.max_par is not None:
             program += tokens <= settings.max_par * mean / scale
-    state, bound = _solve(program, settings, time_limit_s)
+    state, bound = run_program(program, settings.backend, settings.relative_gap, time_limit_s)
     if state in ("infeasible", "none"):
         return Stage(state)
-    chosen_CE = [[_value(members.get(expert)) for expert in range(len(load_E))] for members in inside]
+    chosen_CE = [[value_of(members.get(expert)) for expert in range(len(load_E))] for members in inside]
     cluster_E = np.argmax(chosen_CE, axis=0).astype(np.int64)
     size_C = np.bincount(cluster_E, minlength=num_clusters)
     if size_C.max() > settings.capacity or size_C.min() < (settings.capacity if settings.sizes == "equal" else 1):
@@ -275,75 +275,28 @@ def assign_ranks(
                     # tighter than one row per pair: all arrivals of `after` in one row
                     arrives = pulp.lpSum(float(t) * y for t, y in zip(time_RR[g], on[i + 1][after], strict=True))
                     program += slowest[i] >= arrives + float(time_RR[g].max()) * (on[i][c][g] - 1)
-    state, bound = _solve(program, settings, time_limit_s)
+    state, bound = run_program(program, settings.backend, settings.relative_gap, time_limit_s)
     if state in ("infeasible", "none"):
         return Stage(state)
-    rank_LC = np.array([[[_value(y) for y in row] for row in layer] for layer in on]).argmax(axis=2).astype(np.int64)
+    rank_LC = np.array([[[value_of(y) for y in row] for row in layer] for layer in on]).argmax(axis=2).astype(np.int64)
     if not np.array_equal(np.sort(rank_LC, axis=1), np.tile(np.arange(ranks), (layers, 1))):
         raise SolverError(f"{settings.backend} returned an assignment that is not one to one")
     slowest_L = [(flow_LCC[i] / rate_RR[np.ix_(rank_LC[i], rank_LC[i + 1])]).max() for i in range(layers - 1)]
     return _stage(state, rank_LC, float(sum(slowest_L)), bound, scale)
 
 
-def _solve(program: Any, settings: Settings, time_limit_s: float) -> tuple[State, float | None]:
-    """Runs one program: what came of it, and the lower bound in the program's own unit (None where none was read)."""
-    import pulp
-
-    with tempfile.TemporaryDirectory(prefix="placer-", ignore_cleanup_errors=True) as folder:
-        log = Path(folder) / "cbc.log"
-        options = {"msg": False, "timeLimit": time_limit_s, "gapRel": settings.relative_gap, "threads": 1}
-        if settings.backend == "highs":
-            solver = pulp.HiGHS(**options)
-        else:
-            solver = pulp.COIN_CMD(path=_cbc_program(), logPath=str(log), **options)
-        answer = program.solve(solver)
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return _state(program, answer), _lower_bound(program, answer, text)
-
-
-def _state(program: Any, answer: Any) -> State:
-    if hasattr(answer, "has_solution"):  # PuLP 4
-        if answer.has_solution:
-            return "optimal" if answer.status.name == "Optimal" else "feasible"
-        return "infeasible" if answer.status.name == "Infeasible" else "none"
-    import pulp
-
-    if program.status == pulp.LpStatusInfeasible:
-        return "infeasible"
-    states: dict[int, State] = {
-        pulp.LpSolutionOptimal: "optimal",
-        pulp.LpSolutionIntegerFeasible: "feasible",
-    }
-    return states.get(program.sol_status, "none")
-
-
-def _lower_bound(program: Any, answer: Any, log: str) -> float | None:
-    if getattr(answer, "best_bound", None) is not None:  # PuLP 4
-        return float(answer.best_bound)
-    if log:
-        found = re.findall(r"^Lower bound:\s+(\S+)", log, flags=re.MULTILINE)
-        return float(found[-1]) if found else None
-    return float(program.solverModel.getInfo().mip_dual_bound)
-
-
-def _cbc_program() -> str:
-    if importlib.util.find_spec("cbcbox") is not None:
-        return str(importlib.import_module("cbcbox").cbc_bin_path())
-    if found := shutil.which("cbc"):
-        return found
-    raise DependencyError("CBC is not installed: pip install 'pulp[cbc]', or use the HiGHS back end")
-
-
-def _value(variable: Any) -> float:
-    import pulp
-
-    return 0.0 if variable is None else float(pulp.value(variable) or 0.0)
-
-
 def _stage(state: State, value: npt.NDArray[np.int64], objective: float, bound: float | None, scale: float) -> Stage:
     if bound is None:
         bound = objective / scale if state == "optimal" else 0.0
     return Stage(state, value, objective, min(max(bound * scale, 0.0), objective))
+
+
+def _mean_par(load_LE: npt.NDArray[np.int64], rank_LE: npt.NDArray[np.int64], ranks: int) -> float:
+    load_LR = np.array(
+        [np.bincount(rank_E, weights=load_E, minlength=ranks) for load_E, rank_E in zip(load_LE, rank_LE, strict=True)]
+    )
+    mean_L = load_LR.mean(axis=1)
+    return float(np.where(mean_L > 0, load_LR.max(axis=1) / np.where(mean_L > 0, mean_L, 1.0), 1.0).mean())
 
 
 def _slots(rank_LE: npt.NDArray[np.int64], ranks: int, slots_per_rank: int) -> npt.NDArray[np.int64]:
@@ -373,14 +326,8 @@ def _check(problem: PlacementProblem, settings: Settings) -> None:
 def _without_clusters(stage: Stage, where: str, problem: PlacementProblem, started: float) -> SolveResult:
     if stage.state != "infeasible":
         return _failed("time_limit", f"ILP 1, {where}: no clusters found in its share of the time limit", started)
-    return SolveResult(
-        solver=NAME,
-        status="infeasible",
-        stopped_by="infeasible",
-        seconds=time.perf_counter() - started,
-        message=f"ILP 1, {where}: no clusters of {problem.slots_per_rank} experts keep max / mean load within "
-        f"{problem.max_par}; raise --max-par",
-    )
+    why = f"ILP 1, {where}: no clusters keep max / mean load within {problem.max_par}; raise --max-par"
+    return replace(_failed("infeasible", why, started), status="infeasible")
 
 
 def _failed(stopped_by: StoppedBy, message: str, started: float) -> SolveResult:

@@ -128,7 +128,9 @@ def _survey(
     layers, tokens, top_k = expert_LTK.shape
     stats_LS = _scan_layers(expert_LTK, weight_LTK, top_k)
     blank = [row for row in range(layers) if stats_LS[row, BLANK] == tokens]
-    dense = [row for row in range(layers) if stats_LS[row, ZERO] == tokens and (top_k > 1 or tokens >= SURE_TOKENS)]
+    # one 0 a token may be routing where a layer is short, two cannot be
+    sure_L = (stats_LS[:, SET_COLUMNS] > 1) | (tokens >= SURE_TOKENS)
+    dense = [row for row in range(layers) if stats_LS[row, ZERO] == tokens and sure_L[row]]
     routed = [row for row in range(layers) if row not in blank and row not in dense]
     repeated = [row for before, row in pairwise(routed) if _equal(expert_LTK, before, row)]
     sure = mend and tokens >= SURE_TOKENS
@@ -291,18 +293,17 @@ def _scan(
 ) -> None:
     for token in range(expert_TK.shape[0]):
         row = expert_TK[token]
-        last_set, last_nonzero, zeros = 0, 0, 0
+        last_set, last_nonzero, others = 0, 0, 0
         for k in range(width):
             expert = row[k]
             if expert != sentinel:
                 last_set = k + 1
+                others += expert != 0
                 stats[LARGEST] = max(stats[LARGEST], expert)
             if expert != 0:
                 last_nonzero = k + 1
-            else:
-                zeros += 1
         stats[BLANK] += last_set == 0
-        stats[ZERO] += zeros == width
+        stats[ZERO] += last_set > 0 and others == 0
         stats[SET_COLUMNS] = max(stats[SET_COLUMNS], last_set)
         stats[NONZERO_COLUMNS] = max(stats[NONZERO_COLUMNS], last_nonzero)
         tail = _tail(row, bits_TK, token, width)

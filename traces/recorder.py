@@ -19,6 +19,7 @@ from placer.core.model import ModelSpec
 from traces.hf_config import model_from_hf_config
 from traces.ids import convert_ids, id_dtype
 from traces.readers.raw import infer_model
+from traces.readers.text import first_line
 from traces.router_output import describe, extract_choice, past_length, to_numpy, weights_of
 from traces.summarize import Progress
 from traces.trace import RoutingTrace, Tag
@@ -243,8 +244,7 @@ def record_prompts(
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputFileError(f"{folder}: is no checkpoint with a tokenizer ({reason[:160]})") from error
+        raise InputFileError(f"{folder}: is no checkpoint with a tokenizer ({first_line(error)})") from error
     model.eval()
     with RoutingRecorder(model) as recorder, torch.no_grad():
         for done, prompt in enumerate(prompts, 1):

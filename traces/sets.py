@@ -33,6 +33,8 @@ def expert_sets(
 ) -> ExpertSets:
     """The layer's distinct sets, exact where they are at most `max_sets`, else those of the tokens `sample_T`.
 
+    (To be counted fast, rows that repeat an id count as kinds of their own towards that limit.)
+
     Ids from `limit` on are left out, and so are tokens without any id; `used_tokens` counts the others and gives the
     coverage. Rows are ascending ids, then -1; rows in lexicographic order. Two different sets would be taken for one
     with a probability below 1e-26 (128-bit keys).

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from placer.core.errors import UsageError
 from placer.core.profile import ExpertSets, Profile
+from traces.ids import generator
 from traces.kernels import add_pairs, add_transitions, count_codes, count_windows
 from traces.sets import expert_sets, sample_tokens
 from traces.trace import RoutingTrace
@@ -48,20 +49,17 @@ def summarize(
     for name, value in (("window_tokens", window_tokens), ("folds", folds), ("max_sets_per_layer", max_sets_per_layer)):
         if value < 1:
             raise UsageError(f"{name} is {value}; give 1 or more")
+    generator(seed)  # refuses a seed that is none, even where nothing is drawn
     if trace.num_tokens == 0:
         raise UsageError("the trace has no tokens; there is nothing to summarize")
     layers, experts = trace.model.num_sites, trace.model.num_experts
     windows = num_windows(trace.num_tokens, window_tokens)
-    result_bytes = 8 * layers * experts * (windows + 2 * experts)
-    if result_bytes > MAX_PROFILE_BYTES:
-        raise UsageError(
-            f"window_tokens is {window_tokens}: {windows} windows x {layers} layers x {experts} experts need "
-            f"{result_bytes / 2**30:.1f} GiB; use windows of at least "
-            f"{-(-window_tokens * result_bytes // MAX_PROFILE_BYTES)} tokens"
-        )
-    fold_T, num_folds = fold_of_requests(trace.request_id_T, folds, seed)
     source_T = trace.source_rank_T
     sources = int(source_T.max()) + 1 if source_T is not None else 0
+    _check_size("experts", experts, 16 * layers * experts**2, "check the model, or summarize fewer layers at a time")
+    _check_size("source ranks", sources, 8 * layers * experts * sources, "number the source ranks from 0 without gaps")
+    _check_size("windows", windows, 8 * layers * experts * windows, f"give more than {window_tokens} window_tokens")
+    fold_T, num_folds = fold_of_requests(trace.request_id_T, folds, seed)
     load_WLE = np.zeros((windows, layers, experts), dtype=np.int64)
     load_FLE = np.zeros((num_folds, layers, experts), dtype=np.int64)
     load_SLE = np.zeros((sources, layers, experts), dtype=np.int64)
@@ -140,6 +138,14 @@ def fold_of_requests(request_id_T: npt.NDArray[np.int32], folds: int, seed: int)
     fold = np.empty(len(ids), dtype=np.int32)
     fold[np.argsort(_mix(ids.astype(np.uint64), seed), kind="stable")] = np.arange(len(ids)) % max(1, count)
     return fold[index_T], count
+
+
+def _check_size(what: str, count: int, nbytes: int, mend: str) -> None:
+    if nbytes > MAX_PROFILE_BYTES:
+        raise UsageError(
+            f"the counts of {count} {what} would take {nbytes / 2**30:.1f} GiB, the most is "
+            f"{MAX_PROFILE_BYTES / 2**30:.0f} GiB; {mend}"
+        )
 
 
 def _flush(counts_EE: npt.NDArray[np.uint32], total_EE: npt.NDArray[np.int64]) -> None:

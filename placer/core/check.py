@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placer.core.errors import ViolationError
 from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
 
-__all__ = ["Violation", "check"]
+__all__ = ["Violation", "assert_runnable", "check"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,44 @@ def check(problem: PlacementProblem, plan: Plan) -> list[Violation]:
     if found:
         return found
     for layer in range(layers):
-        found.extend(_check_layer(problem, plan, layer))
+        found.extend(_check_layer(plan, layer, model.num_experts, problem.allow_empty_slots))
     found.extend(_check_memory(problem, plan))
     if not found and problem.max_par is not None:
         found.extend(_check_par(problem, plan))
     return found
 
 
-def _check_layer(problem: PlacementProblem, plan: Plan, layer: int) -> list[Violation]:
+def assert_runnable(plan: Plan) -> None:
+    """Returns nothing for a plan under which every token is served, legal for a problem or not.
+
+    Empty slots and replicas on one rank are run by the simulator and the executor, so they pass here.
+    Raises ViolationError for slots that do not divide over the ranks, ids that do not exist, an expert without a slot
+    and shares that are none.
+    """
+    found = []
+    if plan.num_slots == 0 or plan.num_slots % plan.num_ranks:
+        message = f"{plan.num_slots} slots do not divide over {plan.num_ranks} ranks; every rank needs the same number"
+        found.append(Violation("slots", "plan.slot_expert_LP", message))
+    if len(plan.moe_layers) != len(plan.slot_expert_LP):
+        message = f"{len(plan.slot_expert_LP)} rows, but plan.moe_layers names {len(plan.moe_layers)} layers"
+        found.append(Violation("layers", "plan", message))
+    if not found:
+        rows = range(len(plan.slot_expert_LP))
+        codes = ("id-range", "missing-expert", "share")
+        found = [item for row in rows for item in _check_layer(plan, row, plan.num_experts, True) if item.code in codes]
+    if found:
+        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+        raise ViolationError(f"the plan cannot be run: {found[0]}{more}; see all with `placer check`")
+
+
+def _check_layer(plan: Plan, layer: int, experts: int, allow_empty: bool) -> list[Violation]:
     found = []
     row = plan.slot_expert_LP[layer]
-    experts = problem.profile.model.num_experts
     where = f"layer {plan.moe_layers[layer]}"
     for slot in np.flatnonzero((row < -1) | (row >= experts)):
         message = f"slot {slot} has expert {row[slot]}; ids go from 0 to {experts - 1}"
         found.append(Violation("id-range", where, message))
-    if not problem.allow_empty_slots and (row == -1).any():
+    if not allow_empty and (row == -1).any():
         message = f"slot {int(np.argmax(row == -1))} is empty (-1); engines need an expert in every slot"
         found.append(Violation("empty-slot", where, message))
     if found:

@@ -6,7 +6,6 @@ Gigabytes per second are bytes per nanosecond, so bandwidths need no conversion 
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +18,18 @@ from placer.core.errors import InputFileError, UsageError
 __all__ = ["ClusterSpec", "Compute", "LinkClass"]
 
 
+LEAST, MOST = 1e-9, 1e12
+"""Beyond these, times would not fit 64-bit nanoseconds."""
+
+
 def _positive(owner: str, field: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise UsageError(f"{owner}.{field} is {value!r}; give a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
+        raise UsageError(f"{owner}.{field} is {value!r}; give a positive number, {LEAST:g} to {MOST:g}")
+
+
+def _microseconds(owner: str, field: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST / 1e3:
+        raise UsageError(f"{owner}.{field} is {value!r}; give microseconds, 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +41,7 @@ class LinkClass:
 
     def __post_init__(self) -> None:
         _positive("link", "gbytes_per_s", self.gbytes_per_s)
-        if not math.isfinite(self.alpha_us) or self.alpha_us < 0:
-            raise UsageError(f"link.alpha_us is {self.alpha_us!r}; give microseconds per message, 0 or more")
+        _microseconds("link", "alpha_us", self.alpha_us)
 
     @property
     def alpha_ns(self) -> float:
@@ -53,8 +60,7 @@ class Compute:
     def __post_init__(self) -> None:
         _positive("compute", "tflops", self.tflops)
         _positive("compute", "weight_read_gbytes_per_s", self.weight_read_gbytes_per_s)
-        if not math.isfinite(self.launch_us) or self.launch_us < 0:
-            raise UsageError(f"compute.launch_us is {self.launch_us!r}; give microseconds, 0 or more")
+        _microseconds("compute", "launch_us", self.launch_us)
 
     @property
     def flops_per_ns(self) -> float:
@@ -85,6 +91,12 @@ class ClusterSpec:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"cluster.{field} is {value!r}; give a positive integer")
         _positive("cluster", "memory_gib", self.memory_gib)
+        if not isinstance(self.name, str):
+            raise UsageError(f"cluster.name is {self.name!r}; give a text")
+        for field, kind in (("intra", LinkClass), ("inter", LinkClass), ("uplink", LinkClass), ("compute", Compute)):
+            value = getattr(self, field)
+            if not isinstance(value, kind) and not (field == "uplink" and value is None):
+                raise UsageError(f"cluster.{field} is {value!r}; give a {kind.__name__}")
 
     @property
     def num_ranks(self) -> int:

@@ -14,6 +14,11 @@ from placer.core.errors import InputFileError, UsageError
 __all__ = ["ModelSpec", "Site"]
 
 MODULES = ("ffn", "attn")
+LARGEST = 2**40
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < LARGEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +39,12 @@ class Site:
     num_null_experts: int = 0
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise UsageError(f"site.layer is {self.layer}; layers count from 0")
-        if self.num_experts < 1:
-            raise UsageError(f"site.num_experts is {self.num_experts} at layer {self.layer}; give at least 1")
+        for field, least in (("layer", 0), ("num_experts", 1), ("round", 0), ("num_null_experts", 0), ("pool", 0)):
+            value = getattr(self, field)
+            if not _whole(value, least) and not (field == "pool" and value is None):
+                raise UsageError(f"site.{field} is {value!r} at layer {self.layer!r}; give an integer, {least} or more")
         if self.module not in MODULES:
             raise UsageError(f"site.module is {self.module!r}; use one of {', '.join(MODULES)}")
-        if self.round < 0 or self.num_null_experts < 0:
-            raise UsageError(f"site.round and site.num_null_experts at layer {self.layer} cannot be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +71,15 @@ class ModelSpec:
     def __post_init__(self) -> None:
         for field in ("num_hidden_layers", "top_k", "hidden_size", "moe_intermediate_size", "matrices_per_expert"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not _whole(value, 1):
                 raise UsageError(f"model.{field} is {value!r}; give a positive integer")
+        for field in ("shared_intermediate_size", "attention_params"):
+            value = getattr(self, field)
+            if not _whole(value, 0):
+                raise UsageError(f"model.{field} is {value!r}; give an integer, 0 or more")
         for field in ("weight_bytes", "activation_bytes"):
             value = getattr(self, field)
-            if not value > 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1024:
                 raise UsageError(f"model.{field} is {value!r}; give a positive number of bytes per element")
         if not self.sites:
             raise UsageError("model.sites is empty; an MoE model has at least one MoE layer")

@@ -126,11 +126,8 @@ class Plan:
             data["slot_expert_LP"] = _matrix(data["slot_expert_LP"], np.int64, "slot_expert_LP")
             if data.get("replica_share_LP") is not None:
                 data["replica_share_LP"] = _matrix(data["replica_share_LP"], np.float64, "replica_share_LP")
-            data["moe_layers"] = tuple(int(layer) for layer in data["moe_layers"])
-            data["hashes"] = {str(k): str(v) for k, v in dict(data.get("hashes", {})).items()}
-            for name in ("objective", "bound"):
-                if data.get(name) is not None and not math.isfinite(float(data[name])):
-                    raise ValueError(f"{name} is {data[name]}")
+            data["moe_layers"] = _layers(data["moe_layers"])
+            _refuse_wrong_types(data)
             return cls(**data)
         except KeyError as error:
             raise InputFileError(f"{path}: field {error} is missing; give what `placer solve` wrote") from error
@@ -142,6 +139,31 @@ def canonical_slots(slot_expert_LP: npt.NDArray[np.int64], num_ranks: int) -> np
     """The same placement with each rank's experts in ascending order, (L, P): equal placements get equal bytes."""
     layers, slots = slot_expert_LP.shape
     return np.sort(slot_expert_LP.reshape(layers, num_ranks, slots // num_ranks), axis=2).reshape(layers, slots)
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
+        raise ValueError(f"moe_layers is {str(value)[:60]}; give a list of layer numbers from 0")
+    return tuple(value)
+
+
+def _refuse_wrong_types(data: dict[str, Any]) -> None:
+    """What JSON may hold in a field that the constructor does not look at."""
+    for name in ("model", "solver", "status", "stopped_by", "objective_name", "bound_by"):
+        if not isinstance(data.get(name, ""), str):
+            raise ValueError(f"{name} is {data[name]!r}; give a text")
+    for name in ("objective", "bound"):
+        value = data.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}; give a number or null")
+    if type(data.get("seed", 0)) is not int:
+        raise ValueError(f"seed is {data['seed']!r}; give a whole number")
+    layers = data.get("num_hidden_layers")
+    if layers is not None and (type(layers) is not int or layers < 1):
+        raise ValueError(f"num_hidden_layers is {layers!r}; give a positive integer or null")
+    hashes = data.get("hashes", {})
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise ValueError(f"hashes is {str(hashes)[:60]}; give a table of texts")
 
 
 def _rows(rows: list[list[Any]]) -> str:

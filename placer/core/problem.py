@@ -37,10 +37,10 @@ class PlacementProblem:
             raise UsageError(f"mode is {self.mode!r}; use one of {', '.join(DISPATCH_MODES)}")
         if self.replica_choice not in REPLICA_CHOICES:
             raise UsageError(f"replica_choice is {self.replica_choice!r}; use one of {', '.join(REPLICA_CHOICES)}")
-        if self.redundant < 0:
-            raise UsageError(f"redundant is {self.redundant}; give 0 or more slots")
-        if self.batch_tokens < 1:
-            raise UsageError(f"batch_tokens is {self.batch_tokens}; give 1 or more")
+        for name, least in (("redundant", 0), ("batch_tokens", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; give {least} or more")
         if self.max_par is not None and not self.max_par >= 1.0:
             raise UsageError(f"max_par is {self.max_par}; max / mean load cannot be below 1.0")
         model, ranks = self.profile.model, self.cluster.num_ranks
@@ -50,16 +50,16 @@ class PlacementProblem:
                 "engines place equal feed-forward layers only, so give a trace restricted to those"
             )
         slots = model.num_experts + self.redundant
+        if slots > model.num_experts * ranks:
+            raise InfeasibleError(
+                f"{slots} slots on {ranks} ranks but only {model.num_experts} experts: replicas of one expert "
+                f"must lie on distinct ranks; use at most --redundant {model.num_experts * (ranks - 1)}"
+            )
         if slots % ranks:
             up = -slots % ranks
             raise InfeasibleError(
                 f"{model.num_experts} experts + {self.redundant} redundant = {slots} slots do not divide over "
                 f"{ranks} ranks; use --redundant {self.redundant + up}"
-            )
-        if self.slots_per_rank > model.num_experts:
-            raise InfeasibleError(
-                f"{self.slots_per_rank} slots a rank but only {model.num_experts} experts: replicas of one expert "
-                f"must lie on distinct ranks; use at most --redundant {model.num_experts * (ranks - 1)}"
             )
         need = self.slots_per_rank * model.num_sites * model.expert_bytes
         if need > self.cluster.memory_bytes:

@@ -63,11 +63,21 @@ class Profile:
             raise UsageError(f"profile.load_WLE is {self.load_WLE.shape}; the model needs (W, {layers}, {experts})")
         if self.load_FLE.shape[1:] != (layers, experts):
             raise UsageError(f"profile.load_FLE is {self.load_FLE.shape}; the model needs (F, {layers}, {experts})")
-        if (self.load_WLE < 0).any():
-            raise UsageError("profile.load_WLE has negative counts")
+        counts = ("load_WLE", "load_FLE", "coactivation_LEE", "transition_LEE", "load_SLE")
+        for name in counts:
+            array = getattr(self, name)
+            if array is not None and array.dtype.kind not in "iu":
+                raise UsageError(f"profile.{name} is {array.dtype}; give whole counts of tokens")
+            if array is not None and (array < 0).any():
+                raise UsageError(f"profile.{name} has negative counts")
         pairs = (layers, experts, experts)
         if self.coactivation_LEE is not None and self.coactivation_LEE.shape != pairs:
             raise UsageError(f"profile.coactivation_LEE is {self.coactivation_LEE.shape}; the model needs {pairs}")
+        pairs = (layers - 1, experts, experts)
+        if self.transition_LEE is not None and self.transition_LEE.shape != pairs:
+            raise UsageError(f"profile.transition_LEE is {self.transition_LEE.shape}; the model needs {pairs}")
+        if self.load_SLE is not None and self.load_SLE.shape[1:] != (layers, experts):
+            raise UsageError(f"profile.load_SLE is {self.load_SLE.shape}; the model needs (S, {layers}, {experts})")
         if self.sets and len(self.sets) != layers:
             raise UsageError(f"profile.sets has {len(self.sets)} layers; the model has {layers}")
 

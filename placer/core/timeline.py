@@ -22,12 +22,14 @@ PHASES = ("attention", "dispatch", "experts", "combine", "gather")
 COLUMNS = ("iteration", "layer", "phase", "rank", "start_ns", "duration_ns", "sent_bytes", "received_bytes", "tokens")
 FORMAT = "placer-timeline"
 VERSION = 1
+MAX_LAYERS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Columns of equal length I, ordered by (iteration, start_ns, rank), and what they describe.
 
+    Iterations count from 0 without gaps; ranks lie below about["num_ranks"]; counts and times are 0 or more.
     `layer` is the routing site's index (-1 where a span belongs to no layer). `tokens` counts (token, expert) pairs
     computed in `experts` spans, token copies sent in `dispatch` and `combine`. `about` says how it was made: at least
     source ("simulated" or "measured"), mode, num_ranks, ranks_per_node, plan_sha256, trace_sha256,
@@ -53,8 +55,27 @@ class Timeline:
         for name in ("source", "mode", "num_ranks"):
             if name not in self.about:
                 raise UsageError(f"timeline.about lacks {name!r}")
-        if length and (int(self.duration_ns.min()) < 0 or int(self.start_ns.min()) < 0):
+        ranks = self.about["num_ranks"]
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+            raise UsageError(f"timeline.about['num_ranks'] is {ranks!r}; give a positive integer")
+        if not length:
+            return
+        if int(self.duration_ns.min()) < 0 or int(self.start_ns.min()) < 0:
             raise UsageError("timeline: a span starts before 0 or lasts less than 0 ns")
+        if int((self.start_ns + self.duration_ns).min()) < 0:
+            raise UsageError("timeline: a span ends after 2**63 ns; give nanoseconds since the start")
+        for name, low, high in (("phase", 0, len(PHASES)), ("rank", 0, ranks), ("layer", -1, MAX_LAYERS)):
+            column = getattr(self, name)
+            if int(column.min()) < low or int(column.max()) >= high:
+                raise UsageError(
+                    f"timeline.{name} has {column.min()} to {column.max()}; it goes from {low} to {high - 1}"
+                )
+        for name in ("sent_bytes", "received_bytes", "tokens"):
+            if int(getattr(self, name).min()) < 0:
+                raise UsageError(f"timeline.{name} has {int(getattr(self, name).min())}; counts are 0 or more")
+        present = np.unique(self.iteration)
+        if not np.array_equal(present, np.arange(len(present))):
+            raise UsageError("timeline.iteration has gaps; iterations count from 0, each with at least one span")
 
     @property
     def num_iterations(self) -> int:
@@ -108,7 +129,14 @@ class Timeline:
             raise InputFileError(f"{path}: Timeline version {data.get('version')!r}; this placer reads {VERSION}")
         types = {"iteration": np.int32, "layer": np.int32, "phase": np.int8, "rank": np.int32}
         try:
-            columns = {n: np.asarray(data["columns"][n], dtype=types.get(n, np.int64)).reshape(-1) for n in COLUMNS}
+            columns = {n: _column(data["columns"][n], types.get(n, np.int64), n) for n in COLUMNS}
             return cls(about=dict(data["about"]), **columns)
         except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             raise InputFileError(f"{path}: damaged Timeline ({error})") from error
+
+
+def _column(values: Any, dtype: Any, name: str) -> npt.NDArray[Any]:
+    # numpy would take 1.5 for 1, "3" for 3 and a list of lists for one list
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name} is not a list of whole numbers")
+    return np.array(values, dtype=dtype)

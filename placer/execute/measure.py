@@ -122,13 +122,13 @@ def replay_plans(
             np.save(folder / "weight_LTK.npy", np.asarray(weight_LTK[:, :used], dtype=np.float32))
         about: dict[str, Any] = {"model": model.name, "trace_sha256": trace_sha256}
         if experts_path is None:
-            experts_path = folder / "experts.safetensors"
             shape = replace(model, hidden_size=hidden_size, moe_intermediate_size=intermediate_size)
-            stored, distinct = _write_random(experts_path, shape, seed, dtype)
-            about |= {"experts": "random", "distinct_expert_layers": distinct}
+            random_model, stored = _random_layers(shape, dtype)
+            about |= {"experts": "random", "distinct_expert_layers": random_model.num_sites}
         else:
             stored = stored_layers(model)
             about |= {"experts": Path(experts_path).name, "distinct_expert_layers": len(set(stored))}
+        experts_file = folder / "experts.safetensors" if experts_path is None else Path(experts_path)
         jobs = []
         for index, (plan, mode) in enumerate(zip(plans, modes, strict=True)):
             plan.save(folder / f"plan-{index}.json")
@@ -138,7 +138,7 @@ def replay_plans(
                     expert_path=str(folder / "expert_LTK.npy"),
                     weight_path=None if weight_LTK is None else str(folder / "weight_LTK.npy"),
                     source_path=str(folder / "source_T.npy"),
-                    experts_path=str(Path(experts_path).resolve()),
+                    experts_path=str(experts_file.resolve()),
                     result_path=str(folder / f"result-{index}.json"),
                     stored_layers=stored,
                     mode=plan.mode if mode is None else mode,  # type: ignore[arg-type] # ReplayJob checks it
@@ -153,6 +153,9 @@ def replay_plans(
                     about=about,
                 )
             )
+        # last, because it takes longest: the jobs have checked every option by now
+        if experts_path is None:
+            write_random_experts(experts_file, random_model, seed, dtype=dtype)
         return run_ranks(jobs, num_ranks=num_ranks, timeout_s=timeout_s, progress=progress)
 
 
@@ -247,11 +250,11 @@ def _sources(
     return source_T
 
 
-def _write_random(path: Path, model: ModelSpec, seed: int, dtype: str) -> tuple[tuple[int, ...], int]:
-    """Writes random experts; the stored layer of each site, and how many stored layers there are."""
+def _random_layers(model: ModelSpec, dtype: DType) -> tuple[ModelSpec, tuple[int, ...]]:
+    """The model whose experts to write, no larger than RANDOM_EXPERTS_BYTES, and the layer of it for each site."""
     layer_bytes = model.num_experts * model.expert_params * (4 if dtype == "float32" else 2)
     own = {layer: index for index, layer in enumerate(dict.fromkeys(stored_layers(model)))}
     distinct = max(1, min(len(own), RANDOM_EXPERTS_BYTES // layer_bytes))
     sites = tuple(Site(layer=layer, num_experts=model.num_experts) for layer in range(distinct))
-    write_random_experts(path, replace(model, sites=sites, num_hidden_layers=distinct), seed, dtype=dtype)
-    return tuple(own[layer] % distinct for layer in stored_layers(model)), distinct
+    stored = tuple(own[layer] % distinct for layer in stored_layers(model))
+    return replace(model, sites=sites, num_hidden_layers=distinct, matrices_per_expert=3), stored

@@ -50,6 +50,8 @@ def _frame_violations(plan: Plan, model: ModelSpec) -> Iterator[str]:
         yield f"model {model.name!r} has unequal, shared or non-feed-forward experts, which no engine's map can name"
     if plan.num_experts != model.num_experts:
         yield f"plan is for {plan.num_experts} experts a layer; model {model.name!r} has {model.num_experts}"
+    if plan.num_hidden_layers not in (None, model.num_hidden_layers):
+        yield f"plan is for {plan.num_hidden_layers} hidden layers; model {model.name!r} has {model.num_hidden_layers}"
     if rows != len(plan.moe_layers):
         yield f"plan has {rows} rows but names {len(plan.moe_layers)} MoE layers; solve again"
     if plan.moe_layers != model.moe_layers:

@@ -97,6 +97,7 @@ def replay_arguments(helpers):
 
 def test_what_does_not_fit_is_refused_before_anything_starts(replay_arguments, helpers, monkeypatch):
     monkeypatch.setattr(measure, "run_ranks", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr(measure, "write_random_experts", lambda *_, **__: pytest.fail("experts were written"))
     plan, expert_LTK, options = replay_arguments
 
     def refused(error, match, plan=plan, expert_LTK=expert_LTK, **change):

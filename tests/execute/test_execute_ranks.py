@@ -262,12 +262,15 @@ def test_a_hanging_rank_is_named_and_ended_at_the_timeout(make_job, tmp_path, no
 
 
 def test_ctrl_c_ends_everything(make_job, tmp_path, nothing_left):
+    """Even ranks that have not yet registered, which is as long as they import torch."""
+
     def interrupt(text):
         raise KeyboardInterrupt
 
-    entry = faulty_worker(tmp_path, "print('placer-progress: hangs', flush=True); time.sleep(600)")
+    script = tmp_path / "slow.py"
+    script.write_text("import time; print('placer-progress: imports', flush=True); time.sleep(600)")
     with pytest.raises(KeyboardInterrupt):
-        run_ranks([make_job()], num_ranks=2, timeout_s=GENEROUS_S, entry=entry, progress=interrupt)
+        run_ranks([make_job()], num_ranks=2, timeout_s=GENEROUS_S, entry=(str(script),), progress=interrupt)
 
 
 def test_an_expert_that_the_checkpoint_lacks_is_the_ranks_own_error(make_job, helpers, tmp_path, nothing_left):

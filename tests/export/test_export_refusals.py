@@ -65,6 +65,7 @@ def bad_plans() -> dict[str, tuple[Plan, ModelSpec, str]]:
             r"layer 4 \(row 1\): expert 0 is 2 times on rank 0 \(slots \[0, 1\]\)",
         ),
         "other number of experts": (replace(plan, num_experts=7), model, "for 7 experts a layer; model 'tiny' has 8"),
+        "other number of hidden layers": (replace(plan, num_hidden_layers=9), model, "for 9 hidden layers; .* has 6"),
         "fractional ids": (replace(plan, slot_expert_LP=plan.slot_expert_LP.astype(float)), model, "float64"),
         "unequal layers": (
             plan,

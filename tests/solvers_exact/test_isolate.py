@@ -94,7 +94,14 @@ def test_no_orphan_survives_the_parent(ending: signal.Signals, tmp_path: Path) -
         "run_isolated(isolated_functions.start_grandchild_and_sleep, (sys.argv[1],), time_limit_s=300)"
     )
     paths = [str(Path(__file__).resolve().parent), str(REPOSITORY)]
-    parent = subprocess.Popen([sys.executable, "-c", script, str(note), *paths], stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(note), *paths],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, TMPDIR=str(folder)),
+    )
     try:
         for _ in range(6000):
             if note.is_file() or parent.poll() is not None:
@@ -109,6 +116,7 @@ def test_no_orphan_survives_the_parent(ending: signal.Signals, tmp_path: Path) -
     assert parent.returncode == -ending
     assert ("KeyboardInterrupt" in errors) == (ending == signal.SIGINT)
     assert all(gone(pid) for pid in pids)
+    assert not list(folder.iterdir())
 
 
 def test_what_cannot_run_elsewhere_is_refused() -> None:

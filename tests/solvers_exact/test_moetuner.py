@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from placer.core.errors import DependencyError, UsageError
 from placer.core.plan import canonical_slots
-from solvers import isolate, moetuner
+from solvers import isolate, moetuner, pulp_run
 from solvers.moetuner import Settings, assign_ranks, cluster_layer, pair_gbytes_RR, solve_moetuner
 
 BACKENDS = ["highs", "cbc"]
@@ -161,13 +161,21 @@ def test_the_paper_s_whole_model_memory_may_have_no_answer() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_impossible_cap_names_the_layer(backend: str) -> None:
-    trace = np.zeros((2, 8, 1), dtype=int)
-    trace[0, :, 0] = np.arange(8) % 4
-    problem = make_problem(trace, num_experts=4, cluster=make_cluster(2), max_par=1.25)
+def test_an_impossible_cap_of_one_layer_is_infeasible(backend: str) -> None:
+    problem = make_problem(np.zeros((1, 8, 1), dtype=int), num_experts=4, cluster=make_cluster(2), max_par=1.25)
     result = solve_moetuner(problem, time_limit_s=60, backend=backend)
     assert (result.status, result.stopped_by, result.slot_expert_LP) == ("infeasible", "infeasible", None)
-    assert "ILP 1, layer 1 (row 1)" in result.message
+    assert "ILP 1, layer 0 (row 0)" in result.message
+
+
+def test_one_layer_may_exceed_the_cap_that_the_mean_meets() -> None:
+    trace = np.zeros((2, 8, 1), dtype=int)  # PAR 2 in layer 1 whatever is done, 1 in layer 0
+    trace[0, :, 0] = np.arange(8) % 4
+    for max_par, status, stopped_by in ((1.5, "solved", "effort"), (1.45, "error", "infeasible")):
+        problem = make_problem(trace, num_experts=4, cluster=make_cluster(2), max_par=max_par)
+        result = solve_moetuner(problem, time_limit_s=60)
+        assert (result.status, result.stopped_by) == (status, stopped_by), result.message
+    assert "mean PAR of 1.5000 and the cap is 1.45" in result.message
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,6 +247,6 @@ def test_the_answer_of_pulp_4_is_understood(name: str, has_solution: bool, state
     answer = types.SimpleNamespace(
         status=types.SimpleNamespace(name=name), has_solution=has_solution, best_bound=1.5 if has_solution else None
     )
-    assert moetuner._state(None, answer) == state
+    assert pulp_run._state(None, answer) == state
     if has_solution:
-        assert moetuner._lower_bound(None, answer, "") == 1.5
+        assert pulp_run._lower_bound(None, answer, "") == 1.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trace_cases import count_slowly, make_trace, sets_as_table, traces
+from trace_cases import chosen, count_slowly, make_trace, sets_as_table, traces
 
 from placer.core.errors import UsageError
 from traces.ids import convert_ids
@@ -171,7 +171,7 @@ def test_sampled_sets_are_true_sets_with_a_true_coverage(trace, most, seed):
     sampled = summarize(trace, max_sets_per_layer=most, seed=seed)
     for row, (all_sets, sets) in enumerate(zip(exact.sets, sampled.sets, strict=True)):
         everything, some = sets_as_table(all_sets), sets_as_table(sets)
-        if len(everything) <= most:
+        if len({tuple(sorted(chosen(trace, row, token))) for token in range(trace.num_tokens)} - {()}) <= most:
             assert some == everything
             assert sets.coverage == 1.0
             continue
@@ -259,5 +259,8 @@ def test_refuses_what_cannot_be_counted():
     big = make_trace(experts=40_000, top_k=1, layers=2)
     with pytest.raises(UsageError, match="GiB"):
         summarize(big)
-    with pytest.raises(UsageError, match="use windows of at least"):
-        summarize(make_trace(tokens=200_000, experts=400, top_k=1, layers=9), window_tokens=1)
+    with pytest.raises(UsageError, match="give more than 1 window_tokens"):
+        summarize(make_trace(tokens=200_000, experts=400, top_k=1, layers=9, repeats=True), window_tokens=1)
+    far = replace(make_trace(), source_rank_T=np.full(40, 2**31 - 1, np.int32))
+    with pytest.raises(UsageError, match="source ranks"):
+        summarize(far)

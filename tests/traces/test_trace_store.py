@@ -1,5 +1,6 @@
 import json
 import mmap
+import os
 import struct
 from pathlib import Path
 
@@ -160,10 +161,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_truncation_at_every_byte_is_refused(tmp_path):
-    save_trace(make_trace(tokens=6, weights=True, tags=True), tmp_path / "x")
-    data = (tmp_path / "x").read_bytes()
-    for length in range(len(data)):
-        (tmp_path / "cut").write_bytes(data[:length])
+    save_trace(make_trace(tokens=6, weights=True, tags=True), tmp_path / "cut")
+    data = (tmp_path / "cut").read_bytes()
+    for length in reversed(range(len(data))):
+        os.truncate(tmp_path / "cut", length)
         with pytest.raises(InputFileError, match="cut"):
             load_trace(tmp_path / "cut")
     (tmp_path / "cut").write_bytes(data + b"x")

@@ -16,6 +16,7 @@ from traces.readers.logical_count import read_logical_count
 from traces.readers.npz import read_npz
 from traces.readers.routed_experts import read_routed_experts
 from traces.readers.sglang import read_sglang
+from traces.readers.text import first_line
 from traces.store import load_trace
 from traces.summarize import Progress
 from traces.tensorfile import looks_like_tensor_file
@@ -91,7 +92,7 @@ def _archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise InputFileError(f"{path}: is a damaged archive ({error}); copy it again") from error
+        raise InputFileError(f"{path}: is a damaged archive ({first_line(error)}); copy it again") from error
     return "sglang" if any(name.endswith("data.pkl") for name in names) else "npz"
 
 

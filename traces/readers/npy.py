@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import InputFileError
+from traces.readers.text import first_line
 
 __all__ = ["ArrayHeader", "Member", "array_from_bytes", "open_members", "read_header"]
 
@@ -152,8 +153,4 @@ def _damage(where: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise InputFileError(f"{where}: damaged or not a NumPy file ({_line(error)}); write it again") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise InputFileError(f"{where}: damaged or not a NumPy file ({first_line(error)}); write it again") from error

@@ -57,7 +57,7 @@ def finish(raw: RawTrace, model: ModelSpec | None) -> RoutingTrace:
     mended = repair(expert_LTK, weight_LTK, layer_ids=layer_ids, keep_layers=fits)
     notes = (*notes, *(finding.note for finding in mended.findings))
     layer_ids = tuple(layer_ids[row] for row in mended.rows)
-    if not mended.expert_LTK.size:
+    if not mended.expert_LTK.size or _largest(mended.expert_LTK) < 0:
         raise InputFileError(f"{raw.where}: no layer holds routing ({'; '.join(notes)}); record a model with experts")
     if model is None:
         model, note = infer_model(mended.expert_LTK, layer_ids)

@@ -7,7 +7,7 @@ from typing import Any
 
 from placer.core.errors import InputFileError
 
-__all__ = ["json_lines", "load_json", "parse_json"]
+__all__ = ["first_line", "json_lines", "load_json", "parse_json"]
 
 BAD_TEXT = (UnicodeDecodeError, ValueError, RecursionError)
 
@@ -19,7 +19,7 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except BAD_TEXT as error:
-        raise InputFileError(f"{path}: is not JSON ({_line(error)}); write it again") from error
+        raise InputFileError(f"{path}: is not JSON ({first_line(error)}); write it again") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, int]]:
@@ -40,8 +40,9 @@ def parse_json(text: bytes | str, where: str) -> Any:
     try:
         return json.loads(text)
     except BAD_TEXT as error:
-        raise InputFileError(f"{where}: is not JSON ({_line(error)}); write it again") from error
+        raise InputFileError(f"{where}: is not JSON ({first_line(error)}); write it again") from error
 
 
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of bearable length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -4,6 +4,7 @@ torch is imported when a file is read, and only then.
 """
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from placer.core.errors import DependencyError, InputFileError
 from traces.readers.npy import DAMAGE
+from traces.readers.text import first_line
 
 __all__ = ["load_torch_file"]
 
@@ -32,10 +34,12 @@ def load_torch_file(path: Path) -> dict[str, Any]:
         raise DependencyError(f"{path}: reading .pt files needs torch; install placer[torch]") from error
     total = _archive_bytes(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # an odd file may be warned about before it is refused; the refusal says enough
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, OSError, AssertionError, ImportError, *DAMAGE) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputFileError(f"{path}: is not a plain torch.save file ({reason[:160]}); {MEND}") from error
+        raise InputFileError(f"{path}: is not a plain torch.save file ({first_line(error)}); {MEND}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputFileError(f"{path}: holds a {type(content).__name__} in place of a table; {MEND}")
     return {name: _plain(value, f"{path}: {name}", total) for name, value in content.items()}
@@ -57,7 +61,7 @@ def _archive_bytes(path: Path) -> int:
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except DAMAGE as error:
-        raise InputFileError(f"{path}: is not a torch.save file ({str(error).splitlines()[0]}); {MEND}") from error
+        raise InputFileError(f"{path}: is not a torch.save file ({first_line(error)}); {MEND}") from error
     return total
 
 
