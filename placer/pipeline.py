@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.config.settings import ProfileSettings, RunSettings, SolveSettings
-from placer.core.check import Violation, check
+from placer.core.check import Violation, assert_runnable, check
 from placer.core.cluster import ClusterSpec
 from placer.core.dispatch import source_ranks
 from placer.core.errors import (
@@ -33,7 +33,7 @@ from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
 from placer.core.timeline import Timeline
 from solvers.load import par_bound
-from solvers.registry import run_solver
+from solvers.registry import SOLVERS, run_solver
 from solvers.result import SolveResult
 from traces.counts import LoadCounts, load_counts_profile
 from traces.profile_store import PROFILE_FORMAT, load_profile
@@ -98,11 +98,15 @@ class CheckReport:
 def open_source(path: Path, model: ModelSpec | None = None, progress: Progress | None = None) -> Source:
     """A trace, counts or a profile, recognised by content. Raises InputFileError."""
     path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(16)
-        if looks_like_tensor_file(head) and read_tensor_file(path).metadata.get("format") == PROFILE_FORMAT:
-            return load_profile(path)
+    head = b""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(16)
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
+    if looks_like_tensor_file(head) and read_tensor_file(path).metadata.get("format") == PROFILE_FORMAT:
+        return load_profile(path)
     return read_any(path, None, model, progress)
 
 
@@ -195,9 +199,11 @@ def solve(
     Raises InfeasibleError, SolverError, UsageError. A plan that comes back is legal, but baseline solvers may leave the
     load cap unmet (then a warning says so) and EPLB's own rules may repeat an expert on a rank.
     """
-    settings = solve_settings or SolveSettings()
+    settings, counting = solve_settings or SolveSettings(), profile_settings or ProfileSettings()
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed is {seed!r}; give a whole number, 0 or more")
     free = PlacementProblem(
-        profile=profile_of(source, profile_settings or ProfileSettings()),
+        profile=profile_of(source, counting),
         cluster=cluster,
         mode=mode,
         redundant=redundant,
@@ -210,12 +216,16 @@ def solve(
     start, warnings = None, []
     if current is not None:
         warnings += warn_mismatch(current, problem.profile.model, cluster)
+        if broken := check(replace(problem, max_par=None), current):
+            raise MismatchError(f"the plan to start from is not legal here: {broken[0]}")
         start = current.slot_expert_LP
     if mode == "allgather":
         warnings.append("allgather sends every token to every rank: placement can gain balance only, not locality")
     result = run_solver(
         solver, problem, seed=seed, time_limit_s=time_limit_s, gap=gap, start_LP=start, progress=progress
     )
+    if start is not None and "start_LP" not in SOLVERS[result.solver].takes:
+        warnings.append(f"solver {result.solver} starts afresh; --from is not used")
     plan = make_plan(problem, result, seed)
     for violation in check(problem, plan):
         baseline = result.solver in BASELINES and violation.code in ("max-par", "same-rank-replicas")
@@ -224,7 +234,7 @@ def solve(
         if not baseline:
             raise SolverError(f"{result.solver} returned an illegal plan: {violation}")
         warnings.append(str(violation))
-    evaluation = judge(plan, source, cluster, settings)
+    evaluation = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
     return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings))
 
 
@@ -237,8 +247,12 @@ def judge(
     window_tokens: int = 2048,
     modes: tuple[DispatchMode, ...] = (),
 ) -> Evaluation | ProfileEvaluation:
-    """What `plan` does to `source`: exact replay of a trace, counts otherwise."""
+    """What `plan` does to `source`: exact replay of a trace, counts otherwise.
+
+    Raises ViolationError for a plan that cannot be run, MismatchError for one of another shape.
+    """
     settings = settings or SolveSettings()
+    assert_runnable(plan)
     if not isinstance(source, RoutingTrace):
         return evaluate_profile(plan, profile_of(source, ProfileSettings()))
     return evaluate(
@@ -300,27 +314,20 @@ def check_plan(
 
     A regression is PAR, ranks touched or predicted iteration time more than `max_regression` above the baseline's.
     """
-    settings = solve_settings or SolveSettings()
-    profile = profile_of(source, profile_settings or ProfileSettings())
-    problem = PlacementProblem(
-        profile=profile,
-        cluster=cluster,
-        mode=plan.mode,
-        redundant=max(0, plan.num_slots - profile.model.num_experts),
-        max_par=max_par,
-        replica_choice=plan.replica_choice,
-        batch_tokens=settings.batch_tokens,
-    )
-    violations = tuple(check(problem, plan))
+    settings, counting = solve_settings or SolveSettings(), profile_settings or ProfileSettings()
+    profile = profile_of(source, counting)
+    violations = tuple(_violations(plan, profile, cluster, max_par))
     if violations:
         return CheckReport(violations=violations)
     warnings = warn_mismatch(plan, profile.model, cluster, profile.trace_sha256)
-    judged = judge(plan, source, cluster, settings)
+    judged = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
     regressions: list[str] = []
     if baseline is not None:
-        if broken := check(replace(problem, max_par=None, redundant=baseline.num_slots - plan.num_experts), baseline):
+        # EPLB, what people compare with, may repeat an expert on a rank
+        broken = [v for v in _violations(baseline, profile, cluster, None) if v.code != "same-rank-replicas"]
+        if broken:
             raise MismatchError(f"the baseline plan is not legal here: {broken[0]}")
-        before = judge(baseline, source, cluster, settings)
+        before = judge(baseline, source, cluster, settings, window_tokens=counting.window_tokens)
         for name in ("par", "ranks_touched", "iteration_us"):
             old, new = _figure(before, name, baseline.mode), _figure(judged, name, plan.mode)
             if old is not None and new is not None and new > old * (1 + max_regression) + 1e-12:
@@ -329,6 +336,23 @@ def check_plan(
                     f"at most {100 * max_regression:g} % is allowed"
                 )
     return CheckReport(violations=(), regressions=tuple(regressions), warnings=tuple(warnings), evaluation=judged)
+
+
+def _violations(plan: Plan, profile: Profile, cluster: ClusterSpec, max_par: float | None) -> list[Violation]:
+    """The rules `plan` breaks, whatever number of slots it has."""
+    experts, ranks = profile.model.num_experts, cluster.num_ranks
+    possible = experts <= plan.num_slots <= experts * ranks and plan.num_slots % ranks == 0
+    # a number of slots that no problem can have is for `check` to name, beside the fewest that there must be
+    redundant = plan.num_slots - experts if possible else -experts % ranks
+    try:
+        problem = PlacementProblem(
+            profile=profile, cluster=cluster, mode=plan.mode, redundant=redundant, max_par=max_par
+        )
+    except InfeasibleError as error:
+        if not profile.model.is_uniform:
+            raise
+        return [Violation("memory", "plan", str(error))]
+    return check(problem, plan)
 
 
 def _figure(evaluation: Evaluation | ProfileEvaluation, name: str, mode: str) -> float | None:
@@ -370,10 +394,14 @@ def predict(
     iterations: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Timeline, list[str]]:
-    """The simulated Timeline of `trace` under `plan`, and warnings."""
+    """The simulated Timeline of `trace` under `plan`, and warnings.
+
+    Raises ViolationError for a plan that cannot be run, MismatchError for one of another shape, UsageError.
+    """
     from sim import simulate
 
     warnings = warn_mismatch(plan, trace.model, cluster)
+    assert_runnable(plan)
     timeline = simulate(
         plan,
         trace.model,
@@ -408,6 +436,7 @@ def measure(
     from placer.execute.measure import replay, replayed_model
 
     settings = settings or RunSettings()
+    assert_runnable(plan)
     used = settings.iterations * settings.tokens_per_iteration
     if used > trace.num_tokens:
         raise UsageError(

@@ -2,7 +2,7 @@
 
     python examples/small_moe/record.py --work ~/small-moe --out trace.npz
 
-The file holds expert ids, their weights, and each token's request, position and domain: no text and no token ids.
+The file holds expert ids, their weights, and each token's request and domain: no text and no token ids.
 Prompts are spread evenly over the domains and stand in a seeded random order, so that a window of consecutive tokens
 mixes domains as served traffic does.
 
@@ -75,7 +75,6 @@ def main() -> int:
         expert_TLK=expert_TLK,
         weight_TLK=weight_TLK,
         request_id_T=np.repeat(np.arange(prompts, dtype=np.int32), positions),
-        position_T=np.tile(np.arange(positions, dtype=np.int32), prompts),
         domain_T=np.repeat(corpus.domain_Q[prompt_Q], positions),
         domains=np.array(corpus.domains),
     )

@@ -7,9 +7,11 @@ import typer
 
 from placer import __version__
 from placer.cli import plans, timelines, trace
-from placer.core.errors import PlacerError
+from placer.core.errors import InputFileError, PlacerError
 
 __all__ = ["app", "main"]
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="placer",
@@ -45,14 +47,18 @@ def main() -> None:
     """Entry point of the `placer` command: placer's own errors become one line and their exit code."""
     try:
         app()
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this
+        if stop.code == INTERRUPTED:
+            sys.stderr.write("placer: interrupted; nothing was left half-written\n")
+        raise
     except PlacerError as error:
         sys.stderr.write(f"placer: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("placer: interrupted; nothing was left half-written\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+    except OSError as error:
+        # what no reader or writer expected: a name too long, a full disk behind standard output
+        sys.stderr.write(f"placer: {error.filename or 'standard output'}: {error.strerror or error}\n")
+        sys.exit(InputFileError.exit_code)
     except MemoryError:
         sys.stderr.write("placer: out of memory; use a smaller trace, fewer expert sets or a larger window\n")
         sys.exit(1)

@@ -1,6 +1,7 @@
 """What the verbs share: flags, numbers with units, progress on standard error, output for people and machines."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ __all__ = [
     "parse_share",
     "parse_time",
     "progress_line",
+    "require_distinct",
     "require_parent",
     "status_line",
     "warn",
@@ -58,9 +60,10 @@ def load_model(name: str | None) -> "ModelSpec | None":
     if name in MODELS:
         return MODELS[name]
     path = Path(name)
-    if path.is_dir():
+    # os.path is False for a name too long, where pathlib raises
+    if os.path.isdir(path):  # noqa: PTH112
         path = path / "config.json"
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110
         return model_from_hf_config(path)
     raise UsageError(f"model {name!r} is neither a file nor a preset; presets: {', '.join(sorted(MODELS))}")
 
@@ -84,8 +87,16 @@ def parse_share(text: str, flag: str) -> float:
 
 def require_parent(path: Path) -> None:
     """Refuses an output whose folder is missing before any long work starts. Raises UsageError."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112
         raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def require_distinct(*paths: Path | None) -> None:
+    """Refuses two outputs of one name, of which only the second would be left. Raises UsageError."""
+    names = [os.path.realpath(path) for path in paths if path is not None]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UsageError(f"{name}: is named for two outputs; give each a file of its own")
 
 
 def warn(messages: list[str] | tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from placer.cli.common import (
     emit,
     load_model,
     progress_line,
+    require_distinct,
     require_parent,
     status_line,
     warn,
@@ -53,6 +54,7 @@ def simulate(
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
+    require_distinct(output, chrome)
     settings = load_settings(config)
     timeline, warnings = predict(
         Plan.load(plan),
@@ -79,7 +81,11 @@ def run(
     ranks: Annotated[int | None, typer.Option(help="Processes to start; must be the plan's number of ranks.")] = None,
     mode: ModeFlag = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="Also predict the very same job on this cluster, and compare.")
+        str | None,
+        typer.Option(
+            "--cluster",
+            help="Also predict the very same job on this cluster: OUTPUT with .predicted before its suffix.",
+        ),
     ] = None,
     chrome: ChromeFlag = None,
     config: ConfigFlag = None,
@@ -93,6 +99,7 @@ def run(
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
+    require_distinct(output, chrome)
     settings = load_settings(config)
     timelines, names = measure(
         Plan.load(plan),
@@ -118,11 +125,12 @@ def compare(
     from placer.report.compare import compare as compare_timelines
     from placer.report.compare import comparison_tables
 
+    if chrome is not None:
+        require_parent(chrome)
     loaded = [Timeline.load(path) for path in timelines]
     names = [str(path) for path in timelines]
     comparison = compare_timelines(loaded, names)
     if chrome is not None:
-        require_parent(chrome)
         write_chrome_trace(chrome, loaded, names)
     emit(as_json, comparison.to_dict(), comparison_tables(comparison))
 
@@ -132,14 +140,22 @@ def _finish(timelines: list, names: list[str], output: Path, chrome: Path | None
     from placer.report.compare import compare as compare_timelines
     from placer.report.compare import comparison_tables
 
-    timelines[0].save(output)
+    # compared first: timelines that cannot be are not worth writing
+    comparison = compare_timelines(timelines, names)
+    written = [output, *(output.with_suffix(f".{name}{output.suffix}") for name in names[1:])]
+    for timeline, path in zip(timelines, written, strict=True):
+        timeline.save(path)
     if chrome is not None:
         write_chrome_trace(chrome, timelines, names)
-    comparison = compare_timelines(timelines, names)
     data = {"output": str(output), "chrome": None if chrome is None else str(chrome), "about": timelines[0].about}
     data["timelines"] = [asdict(summary) for summary in comparison.timelines]
     data["errors"] = [asdict(error) for error in comparison.errors]
-    emit(as_json, data, comparison_tables(comparison), (f"wrote {output}", *((f"wrote {chrome}",) if chrome else ())))
+    emit(
+        as_json,
+        data,
+        comparison_tables(comparison),
+        tuple(f"wrote {path}" for path in [*written, *([chrome] if chrome else [])]),
+    )
 
 
 def register(app: typer.Typer) -> None:

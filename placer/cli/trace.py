@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.common import JsonFlag, ModelFlag, OutFlag, emit, load_model, progress_line, require_parent, warn
+from placer.cli.common import (
+    JsonFlag,
+    ModelFlag,
+    OutFlag,
+    emit,
+    load_model,
+    progress_line,
+    require_distinct,
+    require_parent,
+    warn,
+)
 from placer.core.errors import InputFileError
 
 __all__ = ["app"]
@@ -106,6 +116,7 @@ def split(
 
     require_parent(train)
     require_parent(test)
+    require_distinct(train, test)
     first, second = open_trace(trace, load_model(model), progress_line("reading")).split_by_request(fraction, seed)
     save_trace(first, train)
     save_trace(second, test)

@@ -1,7 +1,8 @@
 """Clusters by name or YAML file."""
 
+import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def load_cluster(name: str) -> ClusterSpec:
         base = load_cluster("h100")
         return replace(base, name=name, nodes=int(nodes), ranks_per_node=int(ranks))
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    # os.path.exists is False for a name too long, where pathlib raises
+    if path.suffix in (".yaml", ".yml") or os.path.exists(path):  # noqa: PTH110
         return _read(path)
     raise UsageError(
         f"cluster {name!r} is not known; use nodeN (one node of N ranks), NxM (N nodes of M ranks), a YAML file, "
@@ -44,5 +46,5 @@ def load_cluster(name: str) -> ClusterSpec:
 def _read(path: Path) -> ClusterSpec:
     data = read_yaml(path)
     if data is None:
-        raise InputFileError(f"{path}: is empty; see `placer solve --help` for the shape of a cluster file")
+        raise InputFileError(f"{path}: is empty; give {', '.join(field.name for field in fields(ClusterSpec))}")
     return from_mapping(ClusterSpec, data, where=str(path))

@@ -1,5 +1,6 @@
 """Settings beyond the command line's few flags: one YAML file, every key optional."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,7 @@ class ProfileSettings:
     max_sets_per_layer: int = 131_072
 
     def __post_init__(self) -> None:
-        for name in ("window_tokens", "folds", "max_sets_per_layer"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"profile.{name} is {getattr(self, name)}; give 1 or more")
+        _positive(self, "profile", ("window_tokens", "folds", "max_sets_per_layer"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +30,9 @@ class SolveSettings:
 
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _positive(self, "solve", ("batch_tokens",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,12 @@ class RunSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     timeout_s: float = 300.0
 
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "moe_intermediate_size", "tokens_per_iteration", "iterations", "timeout_s")
+        _positive(self, "run", sizes)
+        if self.warmup < 0:
+            raise UsageError(f"run.warmup is {self.warmup}; give 0 or more")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -56,7 +64,13 @@ class Settings:
 
 
 def load_settings(path: Path | None) -> Settings:
-    """The settings in a YAML file, or the defaults. Raises InputFileError."""
-    if path is None:
-        return Settings()
-    return from_mapping(Settings, read_yaml(path) or {}, where=str(path))
+    """The settings in a YAML file, or the defaults (an empty file has them too). Raises InputFileError."""
+    data = None if path is None else read_yaml(path)
+    return Settings() if data is None else from_mapping(Settings, data, where=str(path))
+
+
+def _positive(settings: object, section: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{section}.{name} is {value}; give a number above 0")

@@ -50,13 +50,16 @@ def from_mapping(kind: type[T], data: Any, *, where: str) -> T:
 
 def _refuse_unknown(kind: Any, data: Any, where: str, prefix: str) -> None:
     if not isinstance(data, Mapping):
-        raise InputFileError(f"{where}: {prefix or 'the file'} must be a mapping of keys to values, got {data!r}")
+        # never the value itself: aliases can make a small file's text fill the memory
+        kept = prefix.removesuffix(".") or "the file"
+        raise InputFileError(f"{where}: {kept} must be a mapping of keys to values, got a {type(data).__name__}")
     hints = typing.get_type_hints(kind)
     for key, value in data.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.4)
+            short = str(key)[:60] if isinstance(key, str | int | float) else f"<{type(key).__name__}>"
+            near = difflib.get_close_matches(short, list(hints), n=1, cutoff=0.4)
             mend = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
-            raise InputFileError(f"{where}: unknown key {prefix + str(key)!r}; {mend}")
+            raise InputFileError(f"{where}: unknown key {prefix + short!r}; {mend}")
         inner = _dataclass_of(hints[key])
         if inner is not None and value is not None:
             _refuse_unknown(inner, value, where, f"{prefix}{key}.")
