@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from placer.core.errors import InfeasibleError, UsageError
+from placer.core.errors import UsageError
 from placer.core.evaluate import par
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from solvers.anneal import anneal_layer, incidence, touched
+from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.frontier import Candidate, cheapest_under_caps, implied_price
-from solvers.load import par_bound
 from solvers.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 
-__all__ = ["capacity_bound", "load_draws", "solve_coactivation"]
+__all__ = ["capacity_bound", "node_price", "solve_coactivation"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -34,15 +34,9 @@ SCAN_PRICES = (0.4, 1.0, 2.0, 4.0, 10.0, 25.0)
 """Copies per token and layer that one unit of PAR is worth, in the first, short pass over the frontier."""
 
 REFINE_FACTORS = (0.75, 1.0, 1.33)
-VISITS_PER_LAYER = 5e8
-NEAR_FLOOR = 0.02
-"""PAR this near to the best balanced placement costs nearly all that co-activation gains, for no more than noise."""
-
 DRAWS = 32
 SEARCH_SPREAD = 1.0
-JUDGE_SPREAD = 2.0**0.5
-JUDGE_DRAWS = 128
-"""Candidates are compared on other draws than those they were annealed on, or the best of many would look too good."""
+VISITS_PER_LAYER = 5e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ def solve_coactivation(
         )
     if problem.redundant:
         raise UsageError("coactivation places one copy of each expert; use --solver replicated with --redundant")
-    _refuse_impossible_cap(problem)
+    refuse_impossible_cap(problem)
     layers, ranks = profile.model.num_sites, cluster.num_ranks
     start_LE = _rank_of_expert(lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed), ranks)
     draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
@@ -122,7 +116,7 @@ def solve_coactivation(
                 if time.perf_counter() - started > time_limit_s:
                     stopped_by = "time_limit"
                     break
-                begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).rank_E
+                begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).placement
                 rng = np.random.default_rng([seed, phase == "refine", index, layer])
                 found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
                 pools[layer].append(_candidate(problem, item, found_E, node_weight))
@@ -130,7 +124,7 @@ def solve_coactivation(
                 if progress:
                     progress(done, total)
     chosen = cheapest_under_caps(pools, cap, cap_seen)
-    rank_LE = np.stack([candidate.rank_E for candidate in chosen])
+    rank_LE = np.stack([candidate.placement for candidate in chosen])
     objective = _cost(chosen)
     if progress:
         progress(total, total)
@@ -144,25 +138,8 @@ def solve_coactivation(
         bound=bound,
         bound_by="capacity: ceil(k / slots)",
         seconds=time.perf_counter() - started,
-        message=_promise(chosen, cap_seen),
+        message=promise(chosen, cap_seen),
     )
-
-
-def load_draws(load_FLE: IntArray, draws: int, seed: int, *, spread: float) -> FloatArray:
-    """Loads that a fresh sample of requests might show, (L, E, B).
-
-    Each draw resamples the F folds with replacement and doubles the variance (what is judged differs from what was seen
-    by two independent samples). With fewer than 4 folds that says nothing, so the one draw is the load itself.
-    """
-    folds = len(load_FLE)
-    load_LE = load_FLE.sum(axis=0).astype(np.float64)
-    if folds < 4:
-        return load_LE[:, :, None]
-    rng = np.random.default_rng(seed)
-    times_BF = rng.multinomial(folds, np.full(folds, 1.0 / folds), size=draws)
-    weight_BF = 1.0 + spread * (times_BF - 1.0)
-    drawn = np.tensordot(weight_BF, load_FLE.astype(np.float64), axes=(1, 0))
-    return np.ascontiguousarray(np.maximum(drawn, 0.0).transpose(1, 2, 0))
 
 
 def capacity_bound(problem: PlacementProblem, slots: int) -> float:
@@ -194,15 +171,6 @@ def _rank_of_expert(slots_LP: IntArray, num_ranks: int) -> IntArray:
     return np.argsort(slots_LP, axis=1) // (slots_LP.shape[1] // num_ranks)
 
 
-def _refuse_impossible_cap(problem: PlacementProblem) -> None:
-    least = par_bound(problem)
-    if problem.max_par is not None and least > problem.max_par + 1e-12:
-        raise InfeasibleError(
-            f"max_par {problem.max_par:g} cannot be met: one expert alone carries so much that no placement has "
-            f"PAR below {least:.4f}; raise --max-par or add --redundant slots"
-        )
-
-
 def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray) -> _Layer:
     sets = problem.profile.sets[layer]
     experts = problem.profile.model.num_experts
@@ -223,7 +191,7 @@ def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_w
     np.add.at(load_RB, rank_E, item.judge_EB)
     seen_R = np.bincount(rank_E, weights=item.load_E, minlength=ranks)
     par_seen = float(seen_R.max() / seen_R.mean()) if seen_R.any() else 1.0
-    return Candidate(touched=cost / item.tokens, par=float(par(load_RB.T).mean()), par_seen=par_seen, rank_E=rank_E)
+    return Candidate(touched=cost / item.tokens, par=float(par(load_RB.T).mean()), par_seen=par_seen, placement=rank_E)
 
 
 def _anneal(
@@ -259,11 +227,3 @@ def _anneal(
 
 def _cost(chosen: list[Candidate]) -> float:
     return float(np.mean([candidate.touched for candidate in chosen]))
-
-
-def _promise(chosen: list[Candidate], cap: float) -> str:
-    estimate = float(np.mean([candidate.par for candidate in chosen]))
-    text = f"PAR on unseen requests is estimated at {estimate:.3f}"
-    if estimate > cap + 1e-9:
-        text += f", above the cap {cap:g} that those planned on meet: requests differ too much for a tighter promise"
-    return text

@@ -14,12 +14,12 @@ __all__ = ["Candidate", "cheapest_under_cap", "cheapest_under_caps", "implied_pr
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One placement of one layer: cost per token, PAR expected on unseen requests, PAR on those seen, rank_E (E,)."""
+    """One placement of one layer: cost per token, PAR expected on unseen requests, PAR on those seen, the placement."""
 
     touched: float
     par: float
     par_seen: float
-    rank_E: npt.NDArray[np.int64]
+    placement: npt.NDArray[np.int64]
 
 
 def _at_price(pools: list[list[Candidate]], price: float) -> list[Candidate]:

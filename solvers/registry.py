@@ -36,6 +36,12 @@ SOLVERS: dict[str, SolverInfo] = {
         "few ranks touched under a load cap, no replicas",
         ("seed", "time_limit_s", "gap", "start_LP", "progress"),
     ),
+    "replicated": SolverInfo(
+        "solvers.replicated",
+        "solve_replicated",
+        "few ranks touched under a load cap, replicas placed jointly (at most 64 ranks)",
+        ("seed", "time_limit_s", "start_LP", "progress"),
+    ),
     "moetuner": SolverInfo(
         "solvers.moetuner", "solve_moetuner", "MoETuner's two ILPs (small models)", ("time_limit_s",)
     ),
@@ -48,7 +54,11 @@ SOLVERS: dict[str, SolverInfo] = {
 def choose_solver(problem: PlacementProblem) -> str:
     """The solver `auto` stands for: co-activation where the mode de-duplicates and the profile has expert sets."""
     locality = problem.mode in ("per_rank", "per_node", "coherent")
-    return "coactivation" if locality and problem.profile.sets and problem.redundant == 0 else "lpt"
+    if not locality or not problem.profile.sets:
+        return "lpt"
+    if problem.redundant == 0:
+        return "coactivation"
+    return "replicated" if problem.cluster.num_ranks <= 64 else "lpt"
 
 
 def run_solver(

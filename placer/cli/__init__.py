@@ -12,6 +12,7 @@ from placer.core.errors import InputFileError, PlacerError
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+INTERRUPTION = "placer: interrupted; nothing was left half-written\n"
 
 app = typer.Typer(
     name="placer",
@@ -50,8 +51,14 @@ def main() -> None:
     except SystemExit as stop:
         # typer turns Ctrl-C into this
         if stop.code == INTERRUPTED:
-            sys.stderr.write("placer: interrupted; nothing was left half-written\n")
+            sys.stderr.write(INTERRUPTION)
         raise
+    except SystemError as error:
+        # how Ctrl-C comes out of a compiled function
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        sys.stderr.write(INTERRUPTION)
+        sys.exit(INTERRUPTED)
     except PlacerError as error:
         sys.stderr.write(f"placer: {error}\n")
         sys.exit(error.exit_code)

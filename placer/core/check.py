@@ -7,6 +7,7 @@ import numpy as np
 from placer.core.errors import ViolationError
 from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
+from placer.core.replicas import layer_slots, serve_sets, served_share
 
 __all__ = ["Violation", "assert_runnable", "check"]
 
@@ -28,7 +29,7 @@ def check(problem: PlacementProblem, plan: Plan) -> list[Violation]:
 
     Codes: layers, slots, ranks, experts, id-range, empty-slot, missing-expert, same-rank-replicas, share, memory,
     max-par.
-    The load cap is judged on the problem's own counts with each replica taking its share.
+    The load cap is judged on the problem's own counts, each replica serving what the replica choice gives it.
     """
     found: list[Violation] = []
     model, cluster = problem.profile.model, problem.cluster
@@ -144,14 +145,14 @@ def _check_par(problem: PlacementProblem, plan: Plan) -> list[Violation]:
 
 
 def _load(problem: PlacementProblem, plan: Plan, layer: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    row = plan.slot_expert_LP[layer]
-    load_E = problem.profile.load_LE[layer]
-    count_E = np.bincount(row[row >= 0], minlength=len(load_E))
-    if plan.replica_share_LP is None:
-        share = np.where(row >= 0, 1.0 / np.maximum(1, count_E)[row], 0.0)
-    else:
-        share = plan.replica_share_LP[layer]
-    load_P: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.where(row >= 0, load_E[row] * share, 0.0)
+    row, load_E = plan.slot_expert_LP[layer], problem.profile.load_LE[layer]
+    given = None if plan.replica_share_LP is None else plan.replica_share_LP[layer]
+    slots = layer_slots(row, plan.num_experts, plan.num_ranks, plan.ranks_per_node, given)
+    share_P = slots.share_P
+    if problem.profile.sets and (slots.count_E > 1).any():
+        sets = problem.profile.sets[layer].split_heavy()
+        share_P = served_share(slots, serve_sets(slots, plan.replica_choice, sets.expert_HK), sets.weight_H)
+    load_P: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.where(row >= 0, load_E[row] * share_P, 0.0)
     return load_P.reshape(plan.num_ranks, -1).sum(axis=1)
 
 

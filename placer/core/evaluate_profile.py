@@ -11,7 +11,8 @@ import numpy.typing as npt
 from placer.core.errors import MismatchError
 from placer.core.evaluate import par
 from placer.core.plan import Plan
-from placer.core.profile import ExpertSets, Profile
+from placer.core.profile import Profile
+from placer.core.replicas import layer_slots, serve_sets, served_share
 
 __all__ = ["ProfileEvaluation", "evaluate_profile"]
 
@@ -39,31 +40,42 @@ def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
 
     Raises MismatchError where plan and profile are of different shapes.
     """
-    experts, ranks = plan.num_experts, plan.num_ranks
-    if (len(plan.slot_expert_LP), experts) != (profile.model.num_sites, profile.model.num_experts):
+    experts, ranks, layers = plan.num_experts, plan.num_ranks, len(plan.slot_expert_LP)
+    if (layers, experts) != (profile.model.num_sites, profile.model.num_experts):
         raise MismatchError(
-            f"the plan has {len(plan.slot_expert_LP)} MoE layers of {experts} experts, the profile "
+            f"the plan has {layers} MoE layers of {experts} experts, the profile "
             f"{profile.model.num_sites} of {profile.model.num_experts}; use the profile's own plan or solve again"
         )
-    held_LRE = np.zeros((len(plan.slot_expert_LP), ranks, experts))
-    layer, slot = np.nonzero(plan.slot_expert_LP >= 0)
-    share = None if plan.replica_share_LP is None else plan.replica_share_LP[layer, slot]
-    # EPLB may put an expert on a rank twice: its shares add up
-    held = (layer, slot // plan.slots_per_rank, plan.slot_expert_LP[layer, slot])
-    np.add.at(held_LRE, held, 1.0 if share is None else share)
-    held_LRE /= np.maximum(1e-300, held_LRE.sum(axis=1, keepdims=True))
-    load_WLR = np.einsum("wle,lre->wlr", profile.load_WLE.astype(np.float64), held_LRE, optimize=True)
+    share_LRE = np.zeros((layers, ranks, experts))
+    touched = nodes = tokens = 0.0
+    for layer, row in enumerate(plan.slot_expert_LP):
+        given = None if plan.replica_share_LP is None else plan.replica_share_LP[layer]
+        slots = layer_slots(row, experts, ranks, plan.ranks_per_node, given)
+        share_P = slots.share_P
+        if profile.sets:
+            sets = profile.sets[layer].split_heavy()
+            slot_HK = serve_sets(slots, plan.replica_choice, sets.expert_HK)
+            share_P = served_share(slots, slot_HK, sets.weight_H)
+            rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
+            node_HK = np.where(slot_HK >= 0, slots.node_R[rank_HK], -1)
+            # a layer whose sets are a sample counts as all of its tokens
+            weight_H = sets.weight_H / (sets.coverage or 1.0)
+            touched += float(_distinct(rank_HK) @ weight_H)
+            nodes += float(_distinct(node_HK) @ weight_H)
+            tokens += float(weight_H[(slot_HK >= 0).any(axis=1)].sum())
+        used = row >= 0
+        np.add.at(share_LRE[layer], (slots.rank_P[used], row[used]), share_P[used])
+    load_WLR = np.einsum("wle,lre->wlr", profile.load_WLE.astype(np.float64), share_LRE, optimize=True)
     pooled = par(load_WLR.sum(axis=0))
     windows = par(load_WLR)
-    nodes_LNE = held_LRE.reshape(len(held_LRE), -1, plan.ranks_per_node, experts).sum(axis=2)
     kept = None
     if profile.transition_LEE is not None:
         pairs = int(profile.transition_LEE.sum())
-        local = np.einsum("lre,lef,lrf->", held_LRE[:-1], profile.transition_LEE, held_LRE[1:], optimize=True)
+        local = np.einsum("lre,lef,lrf->", share_LRE[:-1], profile.transition_LEE, share_LRE[1:], optimize=True)
         kept = float(local / pairs) if pairs else 1.0
     return ProfileEvaluation(
-        ranks_touched=_mean_touched(held_LRE > 0, profile.sets),
-        nodes_touched=_mean_touched(nodes_LNE > 0, profile.sets),
+        ranks_touched=touched / max(1, tokens) if profile.sets else None,
+        nodes_touched=nodes / max(1, tokens) if profile.sets else None,
         par=float(pooled.mean()),
         par_max=float(pooled.max()),
         par_window_mean=float(windows.mean()),
@@ -72,29 +84,8 @@ def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
     )
 
 
-def _mean_touched(held_LGE: npt.NDArray[np.bool_], sets: tuple[ExpertSets, ...]) -> float | None:
-    """Mean over all tokens of all layers; a layer whose sets are a sample counts as all of its tokens."""
-    touched = tokens = 0.0
-    for held_GE, layer in zip(held_LGE, sets, strict=True):
-        share = layer.coverage or 1.0
-        touched += _touched(held_GE, layer.expert_HK, layer.weight_H) / share
-        tokens += int((layer.weight_H * (layer.expert_HK >= 0).any(axis=1)).sum()) / share
-    return touched / max(1, tokens) if sets else None
-
-
-def _touched(held_GE: npt.NDArray[np.bool_], expert_HK: npt.NDArray[np.int16], weight_H: npt.NDArray[np.int64]) -> int:
-    """Weighted number of groups that cover each set; sets without experts do not count."""
-    groups = held_GE.shape[0]
-    single_E = np.where(held_GE.sum(axis=0) == 1, held_GE.argmax(axis=0), -1)
-    chosen = expert_HK >= 0
-    expert = np.where(chosen, expert_HK, 0)
-    group_HK = np.where(chosen, single_E[expert], -1)
-    visited = np.zeros((len(expert_HK), groups), dtype=bool)
-    row, column = np.nonzero(group_HK >= 0)
-    visited[row, group_HK[row, column]] = True
-    for k in range(expert_HK.shape[1]):
-        several = np.flatnonzero(chosen[:, k] & (group_HK[:, k] < 0))
-        candidates = held_GE[:, expert[several, k]].T
-        fresh = several[~(visited[several] & candidates).any(axis=1)]
-        visited[fresh, held_GE[:, expert[fresh, k]].argmax(axis=0)] = True
-    return int((visited.sum(axis=1) * weight_H).sum())
+def _distinct(group_HK: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Distinct groups of each set, -1 meaning none, (H,)."""
+    ordered = np.sort(group_HK, axis=1)
+    fresh = np.diff(ordered, axis=1, prepend=-1) != 0
+    return np.asarray((fresh & (ordered >= 0)).sum(axis=1))

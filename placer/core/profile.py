@@ -32,6 +32,17 @@ class ExpertSets:
                 f"expert sets: expert_HK {self.expert_HK.shape} and weight_H {self.weight_H.shape} do not match"
             )
 
+    def split_heavy(self, parts: int = 4000) -> "ExpertSets":
+        """The same sets with none heavier than about 1 / parts of the layer, as copies.
+
+        The tokens of a set choose replicas one by one, not all alike: whatever draws once per row needs light rows.
+        """
+        copies_H = np.maximum(1, -(-self.weight_H * parts // max(1, int(self.weight_H.sum()))))
+        weight_H, rest_H = np.divmod(self.weight_H, copies_H)
+        copy = np.arange(copies_H.sum()) - np.repeat(np.cumsum(copies_H) - copies_H, copies_H)
+        split_H = np.repeat(weight_H, copies_H) + (copy < np.repeat(rest_H, copies_H))
+        return ExpertSets(np.repeat(self.expert_HK, copies_H, axis=0), split_H, self.coverage)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from placer.core.modes import ReplicaChoice
 
-__all__ = ["LayerSlots", "choose_slots", "layer_slots"]
+__all__ = ["LayerSlots", "choose_slots", "layer_slots", "serve_sets", "served_share"]
 
 IntArray = npt.NDArray[np.int64]
 FIBONACCI_32 = np.uint64(2654435769)
@@ -116,6 +116,30 @@ def choose_slots(
         pick = np.where(local.any(axis=1), local.argmax(axis=1), uniform)
     slot_TK[row, column] = slots.slot_EN[chosen, pick]
     return slot_TK
+
+
+def serve_sets(slots: LayerSlots, choice: ReplicaChoice, expert_HK: npt.NDArray[np.integer]) -> IntArray:
+    """The slot that serves each expert of each set of a profile, (H, K), where source ranks are unknown.
+
+    visit_first as for tokens without a source rank; every other choice as a uniform draw by hash of the set's index.
+    """
+    nowhere = np.full(len(expert_HK), -1, dtype=np.int64)
+    rule: ReplicaChoice = "visit_first" if choice == "visit_first" else "local_or_uniform"
+    return choose_slots(slots, rule, expert_HK, nowhere, np.arange(len(expert_HK)))
+
+
+def served_share(slots: LayerSlots, slot_HK: IntArray, weight_H: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Share of its expert's tokens that each slot serves when sets are served so, (P,); as planned where unused."""
+    used = slot_HK >= 0
+    weight_HK = np.broadcast_to(weight_H[:, None], slot_HK.shape)
+    load_P = np.bincount(slot_HK[used], weights=weight_HK[used], minlength=len(slots.rank_P))
+    exists = slots.slot_EN >= 0
+    total_E = np.where(exists, load_P[slots.slot_EN], 0.0).sum(axis=1)
+    share_P = slots.share_P.copy()
+    expert, replica = np.nonzero(exists & (total_E[:, None] > 0))
+    slot = slots.slot_EN[expert, replica]
+    share_P[slot] = load_P[slot] / total_E[expert]
+    return share_P
 
 
 def _visit_first(

@@ -16,7 +16,8 @@ from placer.core.evaluate import evaluate
 from placer.core.problem import PlacementProblem
 from placer.pipeline import judge, make_plan, solve
 from solvers.anneal import touched
-from solvers.coactivation import capacity_bound, load_draws, solve_coactivation
+from solvers.caps import load_draws
+from solvers.coactivation import capacity_bound, solve_coactivation
 from solvers.result import SolveResult
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

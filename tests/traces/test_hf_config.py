@@ -5,7 +5,13 @@ import pytest
 from placer.core.errors import InputFileError
 from traces.hf_config import MODELS, model_from_hf_config, moe_layers
 
-BASE = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
+BASE = {
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 PUBLISHED = {
     # name: (routed layers, experts, top-k, billions of parameters in routed experts within these bounds)
     "gpt-oss-20b": (24, 32, 4, 19, 20.9),
@@ -82,9 +88,14 @@ def test_the_families_rules_of_moe_layers(rule, expected):
         ),
         (
             {
-                "num_experts": 8, "num_attention_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 6,
-                "qk_rope_head_dim": 2, "qk_nope_head_dim": 4, "v_head_dim": 5,
-            },  # fmt: skip
+                "num_experts": 8,
+                "num_attention_heads": 4,
+                "kv_lora_rank": 8,
+                "q_lora_rank": 6,
+                "qk_rope_head_dim": 2,
+                "qk_nope_head_dim": 4,
+                "v_head_dim": 5,
+            },
             "attention_params",
             64 * 6 + 6 * 4 * 6 + 64 * (8 + 2) + 8 * 4 * (4 + 5) + 4 * 5 * 64,
         ),

@@ -15,7 +15,7 @@ from traces.readers import read_any
 from traces.readers.npy import array_from_bytes, open_members
 from traces.readers.npz import read_npz
 
-RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def as_npz(trace):
@@ -23,9 +23,7 @@ def as_npz(trace):
     arrays = {"expert_TLK": trace.expert_LTK.transpose(1, 0, 2)}
     if trace.weight_LTK is not None:
         arrays["weight_TLK"] = trace.weight_LTK.transpose(1, 0, 2)
-    for name, array in trace.arrays().items():
-        if array.ndim == 1 and not name.startswith("tag_"):
-            arrays[name] = array
+    arrays |= {n: a for n, a in trace.arrays().items() if a.ndim == 1 and not n.startswith("tag_")}
     for name, tag in trace.tags.items():
         arrays[f"{name}_T"] = tag.codes_T
         arrays[f"{name}s"] = np.array(tag.names)

@@ -17,8 +17,9 @@ from sglang_dumps import (
     save,
     token_record,
 )
+from trace_cases import one_line_errors
 
-from placer.core.errors import DependencyError, InputFileError, MismatchError, PlacerError
+from placer.core.errors import DependencyError, InputFileError, MismatchError
 from placer.core.model import ModelSpec
 from traces.counts import LoadCounts
 from traces.readers import read_any
@@ -115,11 +116,14 @@ def test_per_token_dump_of_two_ranks(tmp_path):
 
 def test_ranks_that_recorded_the_same_tokens_are_kept_once(tmp_path):
     ids = logical_ids(6)
+    ids[ids == EXPERTS - 1] = 0
     for rank in range(2):
         record = token_record(torch, 1, 0, ids, MAP, range(6), [6], EXTEND)
         save(torch, tmp_path / f"x_{rank}.pt", [{**record, "rank": rank}], MAP)
     trace = read_sglang(tmp_path, MODEL)
     assert trace.num_tokens == 6
+    # an expert that no token chose is known from the map
+    assert read_sglang(tmp_path).model.num_experts == EXPERTS
     assert any("6 tokens that several ranks recorded alike" in note for note in trace.notes)
 
 
@@ -258,10 +262,10 @@ class Evil:
 
 def test_nothing_is_executed(tmp_path):
     torch.save({"logical_count": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(InputFileError, match="not a plain torch.save file"):
+    with pytest.raises(InputFileError, match=r"not a plain torch\.save file"):
         read_sglang(tmp_path / "x.pt")
     (tmp_path / "y.pt").write_bytes(pickle.dumps({"logical_count": [1]}))
-    with pytest.raises(InputFileError, match="not a torch.save file"):
+    with pytest.raises(InputFileError, match=r"not a torch\.save file"):
         read_sglang(tmp_path / "y.pt")
 
 
@@ -285,7 +289,7 @@ def test_says_what_to_install_where_torch_is_absent(tmp_path, monkeypatch):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_raises_placer_errors_or_nothing(tmp_path, data):
     path = tmp_path / "x.pt"
     if not path.exists():
@@ -296,14 +300,12 @@ def test_damage_raises_placer_errors_or_nothing(tmp_path, data):
     for _ in range(data.draw(st.integers(0, 4)) if content else 0):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "y.pt").write_bytes(content)
-    try:
+    with one_line_errors():
         read_sglang(tmp_path / "y.pt", MODEL)
-    except PlacerError as error:
-        assert "\n" not in str(error)
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_pickles_with_right_checksums_raise_placer_errors_or_nothing(tmp_path, data):
     path = tmp_path / "x.pt"
     if not path.exists():
@@ -317,7 +319,5 @@ def test_damaged_pickles_with_right_checksums_raise_placer_errors_or_nothing(tmp
     with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
         for member, original in members.items():
             archive.writestr(member, bytes(content) if member == name else original)
-    try:
+    with one_line_errors():
         read_sglang(tmp_path / "y.pt", MODEL)
-    except PlacerError as error:
-        assert "\n" not in str(error)

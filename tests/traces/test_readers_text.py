@@ -17,7 +17,7 @@ from traces.readers.logical_count import read_logical_count
 from traces.readers.routed_experts import read_routed_experts
 from traces.store import save_trace
 
-RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MODEL = ModelSpec.uniform("m", num_experts=8, top_k=2, moe_layers=(1, 2), num_hidden_layers=4)
 
 
@@ -77,9 +77,7 @@ def test_jsonl_of_requests_equals_jsonl_of_tokens(tmp_path):
     requests = {}
     for line in lines:
         requests.setdefault(line["request_id"], []).append(line["experts"])
-    write_lines(
-        tmp_path / "requests", [{"request_id": request, "experts": rows} for request, rows in requests.items()]
-    )
+    write_lines(tmp_path / "requests", [{"request_id": request, "experts": rows} for request, rows in requests.items()])
     one, two = (read_jsonl(tmp_path / name, trace.model) for name in ("tokens", "requests"))
     assert row_sets(one) == row_sets(two)
     assert np.array_equal(one.request_id_T, two.request_id_T)
@@ -101,6 +99,17 @@ def test_jsonl_names_layers_phases_and_texts(tmp_path):
     assert trace.phase_T.tolist() == [0, 1, 1]
     assert trace.tags["lang"].names == ("", "de")
     assert trace.tags["lang"].codes_T.tolist() == [1, 1, 0]
+
+
+def test_jsonl_layers_must_be_the_models(tmp_path):
+    write_lines(tmp_path / "x", [{"layers": [1, 3]}, *[{"experts": [[1, 2], [3, 4]]}] * 3])
+    with pytest.raises(MismatchError, match="model 'm' has experts in"):
+        read_jsonl(tmp_path / "x", MODEL)
+    write_lines(tmp_path / "x", [{"layers": [0, 1, 2]}, *[{"experts": [[7, 7], [1, 2], [3, 4]]}] * 3])
+    assert row_sets(read_jsonl(tmp_path / "x", MODEL)) == [[[1, 2]] * 3, [[3, 4]] * 3]
+    write_lines(tmp_path / "x", [{"layers": [1, 1]}, {"experts": [[1], [2]]}])
+    with pytest.raises(InputFileError, match="different layer numbers"):
+        read_jsonl(tmp_path / "x", MODEL)
 
 
 def test_jsonl_leaves_out_columns_that_lines_lack(tmp_path):
@@ -210,7 +219,10 @@ def check(trace, parts):
 def test_sglang_generate_replies(tmp_path):
     parts = [reply_ids(40, 1), reply_ids(9, 2)]
     replies = [
-        {"text": "a", "meta_info": {"routed_experts": raw32(part), "prompt_tokens": 6, "completion_tokens": len(part) - 5}}
+        {
+            "text": "a",
+            "meta_info": {"routed_experts": raw32(part), "prompt_tokens": 6, "completion_tokens": len(part) - 5},
+        }
         for part in parts
     ]
     for name, text in (
@@ -385,11 +397,14 @@ def test_every_source_has_a_reader_and_unknown_ones_are_named(tmp_path):
     (tmp_path / "x").write_text("hello")
     with pytest.raises(InputFileError, match="none of"):
         read_any(tmp_path / "x")
+    (tmp_path / "z").write_text('{"total_input_tokens": 3}')
+    with pytest.raises(InputFileError, match="JSON without any of the fields"):
+        read_any(tmp_path / "z")
     with pytest.raises(UsageError, match="use one of"):
         read_any(tmp_path / "x", source="csv")
     with pytest.raises(InputFileError, match="does not exist"):
         read_any(tmp_path / "y")
-    with pytest.raises(InputFileError, match="no .pt files"):
+    with pytest.raises(InputFileError, match=r"no \.pt files"):
         read_any(tmp_path)
 
 

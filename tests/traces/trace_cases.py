@@ -1,11 +1,13 @@
 """Random traces of every admitted shape, for the tests of this folder."""
 
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
 
+from placer.core.errors import PlacerError
 from placer.core.model import ModelSpec, Site
 from traces.ids import id_dtype
 from traces.trace import RoutingTrace, Tag
@@ -74,6 +76,20 @@ def make_trace(
         provenance="case",
         **fields,
     )
+
+
+@contextmanager
+def one_line_errors(kind=PlacerError, naming=""):
+    """Lets the body succeed or raise an error of `kind`, whose text must be one line that names `naming`."""
+    text = None
+    try:
+        yield
+    except kind as error:
+        text = str(error)
+    if text is not None:
+        assert text
+        assert "\n" not in text
+        assert naming in text
 
 
 @st.composite

@@ -1,6 +1,5 @@
 """Readers of recorded routing, one file per source, and `read_any`, which recognises the source itself."""
 
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,12 @@ __all__ = ["READERS", "load_counts_profile", "read_any", "read_placer"]
 Reader = Callable[[Path, ModelSpec | None, Progress | None], RoutingTrace | LoadCounts]
 
 PEEK_BYTES = 1 << 16
+JSON_NAMES = {
+    "jsonl": (b"experts",),
+    "logical_count": (b"logical_count",),
+    "routed_experts": (b"routed_experts", b"meta_info", b"sglext", b"choices"),
+}
+"""Field names by which a JSON source is known, asked in this order."""
 
 
 def read_any(
@@ -97,18 +102,13 @@ def _archive(path: Path) -> str:
 
 
 def _json(path: Path, text: bytes) -> str:
-    try:
-        first = json.loads(text.split(b"\n", 1)[0])
-    except (ValueError, RecursionError):
-        first = None
-    fields = first if isinstance(first, dict) else {}
-    if "experts" in fields or "layers" in fields:
-        return "jsonl"
-    if "logical_count" in fields or b'"logical_count"' in text:
-        return "logical_count"
-    if b'"routed_experts"' in text or not fields:
-        return "routed_experts"
-    return "jsonl"
+    """Which JSON source the first stretch of a file belongs to, by the names in it."""
+    for source, names in JSON_NAMES.items():
+        if any(b'"%s"' % name in text for name in names):
+            return source
+    raise InputFileError(
+        f"{path}: is JSON without any of the fields experts, logical_count, routed_experts; say what it is with --from"
+    )
 
 
 def _sglang(path: Path, model: ModelSpec | None = None, progress: Progress | None = None) -> RoutingTrace | LoadCounts:

@@ -23,13 +23,17 @@ DEFAULT_SIZES = "hidden size 4096 and expert size 2048 are assumed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawTrace:
-    """Arrays as a file has them. `layer_ids` are the absolute layers of the rows where the format says so."""
+    """Arrays as a file has them.
+
+    `layer_ids` are the absolute layers of the rows and `num_experts` a least number of experts, where the format says.
+    """
 
     where: str
     expert_LTK: npt.NDArray[Any]
     request_id_T: npt.NDArray[np.int32]
     weight_LTK: npt.NDArray[np.float16] | None = None
     layer_ids: tuple[int, ...] | None = None
+    num_experts: int = 0
     columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     tags: Mapping[str, Tag] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -54,13 +58,18 @@ def finish(raw: RawTrace, model: ModelSpec | None) -> RoutingTrace:
         weight_LTK = None if weight_LTK is None else weight_LTK[picked]
         layer_ids = model.moe_layers
     fits = model is not None and len(layer_ids) == model.num_sites
+    if model is not None and fits and raw.layer_ids is not None and layer_ids != model.moe_layers:
+        raise MismatchError(
+            f"{raw.where}: holds layers {str(layer_ids)[:60]}, model {model.name!r} has experts in "
+            f"{str(model.moe_layers)[:60]}; give the model that was recorded"
+        )
     mended = repair(expert_LTK, weight_LTK, layer_ids=layer_ids, keep_layers=fits)
     notes = (*notes, *(finding.note for finding in mended.findings))
     layer_ids = tuple(layer_ids[row] for row in mended.rows)
     if not mended.expert_LTK.size or _largest(mended.expert_LTK) < 0:
         raise InputFileError(f"{raw.where}: no layer holds routing ({'; '.join(notes)}); record a model with experts")
     if model is None:
-        model, note = infer_model(mended.expert_LTK, layer_ids)
+        model, note = infer_model(mended.expert_LTK, layer_ids, raw.num_experts)
         notes = (*notes, note)
     elif len(layer_ids) != model.num_sites:
         raise MismatchError(
@@ -86,9 +95,11 @@ def finish(raw: RawTrace, model: ModelSpec | None) -> RoutingTrace:
         raise InputFileError(f"{raw.where}: {error}") from error
 
 
-def infer_model(expert_LTK: npt.NDArray[Any], layer_ids: tuple[int, ...]) -> tuple[ModelSpec, str]:
+def infer_model(
+    expert_LTK: npt.NDArray[Any], layer_ids: tuple[int, ...], least_experts: int = 0
+) -> tuple[ModelSpec, str]:
     """The smallest model that these ids may come from, and the note that says what was guessed."""
-    experts = _largest(expert_LTK) + 1
+    experts = max(_largest(expert_LTK) + 1, least_experts)
     top_k = expert_LTK.shape[2]
     model = ModelSpec(
         name="unknown",
@@ -99,7 +110,7 @@ def infer_model(expert_LTK: npt.NDArray[Any], layer_ids: tuple[int, ...]) -> tup
         moe_intermediate_size=2048,
     )
     note = (
-        f"model: expert ids up to {experts - 1} -> {experts} experts, {len(layer_ids)} layers, top-{top_k}, "
+        f"model: expert ids up to {_largest(expert_LTK)} -> {experts} experts, {len(layer_ids)} layers, top-{top_k}, "
         f"{DEFAULT_SIZES}; give --model to be sure"
     )
     return model, note

@@ -185,6 +185,7 @@ def _per_token(path: Path, dumps: Sequence[_Dump], model: ModelSpec | None) -> R
         expert_LTK=np.concatenate(chunks, axis=1),
         request_id_T=request_id_T,
         layer_ids=tuple(range(chunks[0].shape[0])),
+        num_experts=max(int(dump.logical_LP.max()) for dump in dumps) + 1,
         columns={**flat, "phase_T": flat["phase_T"].astype(np.uint8)},
         notes=tuple(notes),
         provenance=f"sglang per_token {path.name}",

@@ -1,0 +1,67 @@
+"""Fills the README's generated blocks, so that they cannot go stale: file tree, demo output, table of the real trace.
+
+python scripts/readme.py            rewrites README.md; a test fails when it would change anything
+"""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("placer", "sim", "solvers", "traces", "examples")
+VALIDATION = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8.json"
+
+
+def about(path: Path) -> str:
+    """The first line of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").strip().rstrip(".")
+
+
+def tree() -> str:
+    """A line per file, folders before their files; tests are one line per folder."""
+    lines = ["```"]
+    for package in PACKAGES:
+        modules = (ROOT / package).rglob("*.py")
+        for path in sorted(modules, key=lambda p: (p.parent.parts, p.name != "__init__.py", p.name)):
+            name = path.relative_to(ROOT).as_posix().replace("/__init__.py", "/")
+            lines.append(f"{name:32} {about(path)}")
+    folders = sorted({path.parent for path in (ROOT / "tests").rglob("test_*.py")})
+    lines += [f"{f'tests/{folder.name}/':32} {len(list(folder.glob('test_*.py')))} test files" for folder in folders]
+    return "\n".join([*lines, "```"])
+
+
+def demo() -> str:
+    """What `make demo` printed."""
+    return "```\n" + (ROOT / "examples" / "01_demo.out").read_text(encoding="utf-8").rstrip() + "\n```"
+
+
+def real_trace() -> str:
+    """The committed run of examples/02_real_trace.py as a table."""
+    rows = json.loads(VALIDATION.read_text(encoding="utf-8"))["rows"]
+    columns = ("ranks touched", "PAR", "PAR window mean", "PAR window p99", "cpu s")
+    lines = [
+        "| plan | " + " | ".join(columns) + " | ranks, split 0 | PAR, split 0 |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for name, row in rows.items():
+        cells = [f"{np.mean(row[column]):.3f}" for column in columns[:-1]] + [f"{np.mean(row['cpu s']):.1f}"]
+        cells += [f"{row['ranks touched'][0]:.3f}", f"{row['PAR'][0]:.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(readme: str) -> str:
+    """The README with its blocks filled."""
+    for name, block in (("demo", demo()), ("gptoss", real_trace()), ("tree", tree())):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = readme.split(start)
+        readme = f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,60 @@
+"""A load cap that is meant for requests not seen yet: what their load may be, and what can be promised.
+
+Legend: L layers, E experts, F request folds, B draws.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.errors import InfeasibleError
+from placer.core.problem import PlacementProblem
+from solvers.frontier import Candidate
+from solvers.load import par_bound
+
+__all__ = ["JUDGE_DRAWS", "JUDGE_SPREAD", "NEAR_FLOOR", "load_draws", "promise", "refuse_impossible_cap"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+NEAR_FLOOR = 0.02
+"""PAR this near to the best balanced placement costs nearly all that co-activation gains, for no more than noise."""
+
+JUDGE_SPREAD = 2.0**0.5
+JUDGE_DRAWS = 128
+"""Candidates are compared on other draws than those they were annealed on, or the best of many would look too good."""
+
+
+def load_draws(load_FLE: IntArray, draws: int, seed: int, *, spread: float) -> FloatArray:
+    """Loads that a fresh sample of requests might show, (L, E, B).
+
+    Each draw resamples the F folds with replacement and doubles the variance (what is judged differs from what was seen
+    by two independent samples). With fewer than 4 folds that says nothing, so the one draw is the load itself.
+    """
+    folds = len(load_FLE)
+    load_LE = load_FLE.sum(axis=0).astype(np.float64)
+    if folds < 4:
+        return load_LE[:, :, None]
+    rng = np.random.default_rng(seed)
+    times_BF = rng.multinomial(folds, np.full(folds, 1.0 / folds), size=draws)
+    weight_BF = 1.0 + spread * (times_BF - 1.0)
+    drawn = np.tensordot(weight_BF, load_FLE.astype(np.float64), axes=(1, 0))
+    return np.ascontiguousarray(np.maximum(drawn, 0.0).transpose(1, 2, 0))
+
+
+def refuse_impossible_cap(problem: PlacementProblem) -> None:
+    """Raises InfeasibleError where the load bound alone is above `problem.max_par`."""
+    least = par_bound(problem)
+    if problem.max_par is not None and least > problem.max_par + 1e-12:
+        raise InfeasibleError(
+            f"max_par {problem.max_par:g} cannot be met: one expert alone carries so much that no placement has "
+            f"PAR below {least:.4f}; raise --max-par or add --redundant slots"
+        )
+
+
+def promise(chosen: list[Candidate], cap: float) -> str:
+    """One line for the user: the PAR to expect of unseen requests, and whether the cap holds for them."""
+    estimate = float(np.mean([candidate.par for candidate in chosen]))
+    text = f"PAR on unseen requests is estimated at {estimate:.3f}"
+    if estimate > cap + 1e-9:
+        text += f", above the cap {cap:g} that those planned on meet: requests differ too much for a tighter promise"
+    return text

@@ -1,0 +1,150 @@
+"""Replicas chosen for co-activation and load together: few ranks touched, redundant slots included.
+
+A replica on a rank that a token visits anyway costs no copy, if the engine chooses replicas that way (visit_first). The
+search serves every expert set as the engine would; under another replica choice it takes replicas to be drawn by hash.
+
+Legend: L layers, H expert sets, E experts, K top-k, R ranks, C slots per rank, P slots, B draws.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.errors import UsageError
+from placer.core.evaluate import par
+from placer.core.plan import canonical_slots
+from placer.core.problem import PlacementProblem
+from solvers.anneal import incidence
+from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
+from solvers.coactivation import capacity_bound, node_price
+from solvers.frontier import Candidate, cheapest_under_caps
+from solvers.lpt import lpt_slots
+from solvers.replica_anneal import MAX_RANKS, anneal_replicas, serve_sets
+from solvers.result import SolveResult, StoppedBy
+
+__all__ = ["solve_replicated"]
+
+IntArray = npt.NDArray[np.int64]
+PRICES = (1.0, 2.5, 8.0)
+"""Copies per token and layer that one unit of PAR is worth, one pass each."""
+
+SERVED_PER_PASS = 6e6
+DRAW_NOISE = 0.003
+"""How far the PAR of one draw of the replica choice may lie from that of another; kept as a margin below the cap."""
+
+
+class _Layer:
+    """One layer, ready to anneal and to judge."""
+
+    def __init__(self, problem: PlacementProblem, layer: int, judge_EB: npt.NDArray[np.float64], seed: int) -> None:
+        self.problem, self.judge_EB = problem, judge_EB
+        self.sets = problem.profile.sets[layer].split_heavy()
+        self.experts = problem.profile.model.num_experts
+        self.first_E, self.set_I = incidence(self.sets.expert_HK, self.experts)
+        rng = np.random.default_rng([seed, layer])
+        # candidates are judged on other draws than those they were annealed on, or the search would learn the draws
+        self.draw_HK, self.judge_HK = rng.integers(0, 2**32, (2, *self.sets.expert_HK.shape), dtype=np.uint32)
+        self.tokens = max(1, int(self.sets.weight_H.sum()))
+        self.visit_first = problem.replica_choice == "visit_first"
+        self.node_weight = node_price(problem)
+
+    def judge(self, row_P: IntArray) -> Candidate:
+        """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
+        held_RC = row_P.reshape(self.problem.cluster.num_ranks, -1)
+        node_R, sets = self.problem.cluster.node_R, self.sets
+        ranks, nodes, load_ER = serve_sets(
+            held_RC, self.experts, node_R, sets.expert_HK, sets.weight_H, self.judge_HK, self.visit_first
+        )
+        share_ER = load_ER / np.maximum(1e-300, load_ER.sum(axis=1, keepdims=True))
+        return Candidate(
+            touched=(ranks + self.node_weight * nodes) / self.tokens,
+            par=float(par(self.judge_EB.T @ share_ER).mean()),
+            par_seen=float(par(load_ER.sum(axis=0))),
+            placement=row_P,
+        )
+
+    def anneal(self, row_P: IntArray, price: float, seed: tuple[int, ...]) -> Candidate:
+        """A better candidate for this price of PAR, from `row_P`."""
+        unit = self.tokens * self.sets.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
+        found_RC = anneal_replicas(
+            row_P.reshape(self.problem.cluster.num_ranks, -1),
+            self.experts,
+            self.problem.cluster.node_R,
+            self.sets.expert_HK,
+            self.sets.weight_H,
+            self.draw_HK,
+            self.first_E,
+            self.set_I,
+            self.visit_first,
+            self.node_weight,
+            price * self.tokens,
+            int(min(SERVED_PER_PASS, 20_000.0 * len(self.set_I))),
+            0.24 * unit,
+            0.008 * unit,
+            np.random.default_rng(seed),
+        )
+        return self.judge(canonical_slots(found_RC.reshape(1, -1), len(found_RC))[0])
+
+
+def solve_replicated(
+    problem: PlacementProblem,
+    *,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    start_LP: IntArray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SolveResult:
+    """Few ranks touched with `problem.redundant` replicas per layer at mean PAR <= problem.max_par, up to 64 ranks.
+
+    The cap is as in solve_coactivation. Objective: mean ranks touched when sets are served in ascending order of ids
+    (the engine serves in the router's order, so the exact judge differs by a little); PAR as the choice produces it.
+    Guarantee: none beyond the bound. Complexity: O(L * SERVED_PER_PASS). Deterministic unless the time limit stops it.
+    Raises UsageError without expert sets or beyond 64 ranks, InfeasibleError for an impossible cap.
+    """
+    started = time.perf_counter()
+    profile, cluster = problem.profile, problem.cluster
+    if not profile.sets:
+        raise UsageError(
+            "the profile has load counts only, no expert sets; use --solver lpt, or give a per-token trace"
+        )
+    if cluster.num_ranks > MAX_RANKS:
+        raise UsageError(f"replicated serves at most {MAX_RANKS} ranks, the cluster has {cluster.num_ranks}; use lpt")
+    refuse_impossible_cap(problem)
+    judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
+    layers = [_Layer(problem, layer, judge_LEB[layer], seed) for layer in range(profile.model.num_sites)]
+    starts = [lpt_slots(profile.load_LE, problem.num_slots, cluster.num_ranks, seed=seed)]
+    if start_LP is not None and start_LP.shape == starts[0].shape:
+        starts.append(start_LP)
+    pools = [[item.judge(start[layer]) for start in starts] for layer, item in enumerate(layers)]
+    cap_seen = problem.max_par if problem.max_par is not None else np.inf
+    cap = max(cap_seen, float(np.mean([pool[0].par for pool in pools])) + NEAR_FLOOR)
+    prices = PRICES if np.isfinite(cap) else (0.0,)
+    stopped_by: StoppedBy = "effort"
+    for step, price in enumerate(prices):
+        for layer, item in enumerate(layers):
+            if time.perf_counter() - started > time_limit_s:
+                stopped_by = "time_limit"
+                break
+            begin = min(pools[layer], key=lambda c: c.touched + price * c.par)
+            pools[layer].append(item.anneal(begin.placement, price, (seed, step, layer)))
+            if progress:
+                progress(step * len(layers) + layer + 1, len(prices) * len(layers))
+    chosen = cheapest_under_caps(pools, cap, cap_seen - DRAW_NOISE)
+    objective = float(np.mean([candidate.touched for candidate in chosen]))
+    node_weight = layers[0].node_weight
+    node_slots = problem.slots_per_rank * cluster.ranks_per_node
+    bound = capacity_bound(problem, problem.slots_per_rank) + node_weight * capacity_bound(problem, node_slots)
+    return SolveResult(
+        solver="replicated",
+        status="solved",
+        stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
+        slot_expert_LP=np.stack([candidate.placement for candidate in chosen]),
+        objective_name="ranks_touched" if node_weight == 0 else f"ranks_touched + {node_weight:.3g} * nodes_touched",
+        objective=objective,
+        bound=bound,
+        bound_by="capacity: ceil(k / slots)",
+        seconds=time.perf_counter() - started,
+        message=promise(chosen, cap_seen),
+    )
