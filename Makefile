@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # The version the tests were last seen with; any range that pyproject.toml admits will do.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check clean
+.PHONY: demo test lint check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/01_demo.py demo
@@ -13,8 +13,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev
-	PATH="$(abspath $(BIN)):$$PATH" ./scripts/check
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -16,7 +16,7 @@ from placer.core.errors import InputFileError, PlacerError
 __all__ = ["from_mapping", "read_yaml"]
 
 T = TypeVar("T")
-MAX_BYTES = 4 << 20
+MAX_BYTES = 256 << 10
 
 
 def read_yaml(path: Path) -> Any:
@@ -34,7 +34,8 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputFileError(f"{path}:{where} is not YAML ({getattr(error, 'problem', error)})") from error
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputFileError(f"{path}:{where} is not YAML ({why})") from error
 
 
 def from_mapping(kind: type[T], data: Any, *, where: str) -> T:

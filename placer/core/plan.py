@@ -5,7 +5,6 @@ Legend: L routing sites, P physical slots, R ranks, E logical experts.
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ __all__ = ["Plan", "canonical_slots"]
 
 FORMAT = "placer-plan"
 VERSION = 1
+LARGEST = 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +154,8 @@ def _refuse_wrong_types(data: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {data[name]!r}; give a text")
     for name in ("objective", "bound"):
         value = data.get(name)
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise ValueError(f"{name} is {value!r}; give a number or null")
+        if value is not None and (type(value) not in (int, float) or not abs(value) < LARGEST):
+            raise ValueError(f"{name} is {str(value)[:60]!r}; give a number or null")
     if type(data.get("seed", 0)) is not int:
         raise ValueError(f"seed is {data['seed']!r}; give a whole number")
     layers = data.get("num_hidden_layers")

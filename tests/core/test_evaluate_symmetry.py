@@ -7,15 +7,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from core_cases import UNSET, Case, cases
+from core_cases import UNSET, Case, cases, count_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.core.evaluate import evaluate
 from placer.core.evaluate_profile import evaluate_profile
 from placer.core.modes import DISPATCH_MODES
-
-from core_cases import count_profile  # isort: skip
 
 
 def figures(case: Case, modes: tuple = DISPATCH_MODES) -> dict:
@@ -51,7 +49,7 @@ def rename_ranks(case: Case, new_R: np.ndarray) -> Case:
     return dataclasses.replace(case, plan=plan, source_T=new_R[case.source_T])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(replicas=False), seed=st.integers(0, 2**32 - 1))
 def test_expert_ids_do_not_matter(case: Case, seed: int) -> None:
     renamed = rename_experts(case, seed)
@@ -68,7 +66,7 @@ def test_expert_ids_do_not_matter_to_choices_that_do_not_hash_them(choice: str, 
     assert figures(rename_experts(case, seed)) == figures(case)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(replicas=False), seed=st.integers(0, 2**32 - 1))
 def test_rank_labels_do_not_matter(case: Case, seed: int) -> None:
     """Nodes change places, and ranks inside each node, each node in its own way.
@@ -91,7 +89,7 @@ def test_rank_labels_do_not_matter(case: Case, seed: int) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=cases(), seed=st.integers(0, 2**32 - 1))
 def test_order_of_slots_on_a_rank_does_not_matter_without_replicas(case: Case, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -103,7 +101,7 @@ def test_order_of_slots_on_a_rank_does_not_matter_without_replicas(case: Case, s
     assert figures(dataclasses.replace(case, plan=plan)) == figures(case)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=cases(), seed=st.integers(0, 2**32 - 1))
 def test_order_inside_a_row_does_not_matter_to_counts(case: Case, seed: int) -> None:
     """Which expert the router names first matters to `coherent` and visit_first only."""

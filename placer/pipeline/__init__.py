@@ -1,0 +1,28 @@
+"""The arrow, station by station: what the command line and the examples call.
+
+RoutingTrace -> Profile -> PlacementProblem -> SolveResult -> Plan -> check, simulate, run, export.
+"""
+
+from placer.pipeline.checking import CheckReport, check_plan
+from placer.pipeline.planning import BASELINES, DEFAULT_CAP, Solved, judge, make_plan, solve
+from placer.pipeline.sources import model_of_plan, open_source, open_trace, profile_of, sources_of, warn_mismatch
+from placer.pipeline.timelines import measure, predict
+
+__all__ = [
+    "BASELINES",
+    "DEFAULT_CAP",
+    "CheckReport",
+    "Solved",
+    "check_plan",
+    "judge",
+    "make_plan",
+    "measure",
+    "model_of_plan",
+    "open_source",
+    "open_trace",
+    "predict",
+    "profile_of",
+    "solve",
+    "sources_of",
+    "warn_mismatch",
+]
