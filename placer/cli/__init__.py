@@ -47,7 +47,7 @@ def _root(
 def main() -> None:
     """Entry point of the `placer` command: placer's own errors become one line and their exit code."""
     try:
-        app()
+        app(prog_name="placer")
     except SystemExit as stop:
         # typer turns Ctrl-C into this
         if stop.code == INTERRUPTED:

@@ -66,7 +66,9 @@ def solve(
     ] = None,
     solver: Annotated[
         str,
-        typer.Option(help="auto, linear, round_robin, eplb, eplb_hierarchical, lpt, coactivation, moetuner or cpsat."),
+        typer.Option(
+            help="auto, linear, round_robin, eplb, eplb_hierarchical, lpt, coactivation, replicated, moetuner or cpsat."
+        ),
     ] = "auto",
     time: Annotated[str, typer.Option(help="Time limit: 60s, 5m, 1h.")] = "60s",
     gap: Annotated[str, typer.Option(help="Stop when proven within this share of the best: 1%.")] = "0%",
