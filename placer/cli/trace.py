@@ -111,19 +111,21 @@ def split(
     as_json: JsonFlag = False,
 ) -> None:
     """Splits a trace by request, never by token, so that a plan can be judged on requests it was not planned on."""
+    import numpy as np
+
     from placer.pipeline import open_trace
     from traces.store import save_trace
 
     require_parent(train)
     require_parent(test)
     require_distinct(train, test)
-    first, second = open_trace(trace, load_model(model), progress_line("reading")).split_by_request(fraction, seed)
-    save_trace(first, train)
-    save_trace(second, test)
-    data = {
-        "train": {"file": str(train), "tokens": first.num_tokens, "requests": first.num_requests},
-        "test": {"file": str(test), "tokens": second.num_tokens, "requests": second.num_requests},
-    }
+    source = open_trace(trace, load_model(model), progress_line("reading"))
+    mask_T = source.request_mask(fraction, seed)
+    data = {}
+    for name, path, part_T in (("train", train, mask_T), ("test", test, ~mask_T)):
+        save_trace(source, path, tokens=part_T)
+        requests = len(np.unique(source.request_id_T[part_T]))
+        data[name] = {"file": str(path), "tokens": int(part_T.sum()), "requests": requests}
     lines = tuple(
         f"wrote {part['file']}: {part['tokens']:,} tokens, {part['requests']:,} requests" for part in data.values()
     )

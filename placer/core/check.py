@@ -45,7 +45,8 @@ def check(problem: PlacementProblem, plan: Plan) -> list[Violation]:
     if plan.num_experts != model.num_experts:
         message = f"{plan.num_experts} experts, but the model has {model.num_experts}; solve for this model"
         found.append(Violation("experts", "plan.num_experts", message))
-    if (plan.num_ranks, plan.ranks_per_node) != (cluster.num_ranks, cluster.ranks_per_node):
+    same_cluster = (plan.num_ranks, plan.ranks_per_node) == (cluster.num_ranks, cluster.ranks_per_node)
+    if not same_cluster:
         message = (
             f"{plan.num_ranks} ranks, {plan.ranks_per_node} a node; cluster {cluster.name!r} has {cluster.num_ranks}, "
             f"{cluster.ranks_per_node} a node; solve for this cluster"
@@ -54,7 +55,7 @@ def check(problem: PlacementProblem, plan: Plan) -> list[Violation]:
     if slots % plan.num_ranks:
         message = f"{slots} slots do not divide over {plan.num_ranks} ranks; every rank needs the same number"
         found.append(Violation("slots", "plan.slot_expert_LP", message))
-    elif not problem.allow_empty_slots and slots != problem.num_slots:
+    elif same_cluster and not problem.allow_empty_slots and slots != problem.num_slots:
         message = f"{slots} slots a layer; the problem has {model.num_experts} + {problem.redundant} redundant"
         found.append(Violation("slots", "plan.slot_expert_LP", message))
     if found:
