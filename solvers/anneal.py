@@ -7,10 +7,27 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-__all__ = ["anneal_layer", "incidence", "touched"]
+__all__ = ["anneal_layer", "incidence", "pair_weights", "touched"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+
+
+PARTED = 0.4
+"""Ranks that a parted pair is taken to cost at least, before the sets are looked at; 0.3 to 0.6 find equal costs."""
+
+
+def pair_weights(expert_HK: npt.NDArray[np.int16], weight_H: IntArray, num_experts: int) -> FloatArray:
+    """Tokens that chose both experts, (E, E), symmetric, diagonal 0."""
+    top_k = expert_HK.shape[1]
+    pair = np.zeros(num_experts * num_experts)
+    for i in range(top_k):
+        for j in range(i + 1, top_k):
+            both = (expert_HK[:, i] >= 0) & (expert_HK[:, j] >= 0)
+            code = expert_HK[both, i].astype(np.int64) * num_experts + expert_HK[both, j]
+            pair += np.bincount(code, weights=weight_H[both], minlength=len(pair))
+    upper = pair.reshape(num_experts, num_experts)
+    return upper + upper.T
 
 
 def incidence(expert_HK: npt.NDArray[np.int16], num_experts: int) -> tuple[IntArray, npt.NDArray[np.int32]]:
@@ -102,7 +119,7 @@ def anneal_layer(
     weight_H: IntArray,
     first_E: IntArray,
     set_I: npt.NDArray[np.int32],
-    rank_weight: float,
+    pair_EE: FloatArray,
     node_weight: float,
     par_weight: float,
     steps: int,
@@ -110,7 +127,7 @@ def anneal_layer(
     cold: float,
     rng: np.random.Generator,
 ) -> tuple[IntArray, float]:  # pragma: no cover - compiled
-    """Best assignment found and its cost: rank_weight * ranks touched + node_weight * nodes touched + par_weight * PAR.
+    """Best assignment found and its cost: ranks touched + node_weight * nodes touched + par_weight * PAR.
 
     PAR is the mean over the B draws of max / mean rank load. Exchanges of two experts on different ranks, Metropolis
     acceptance, temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
@@ -129,7 +146,12 @@ def anneal_layer(
     for b in range(draws):
         scale_B[b] = par_weight * ranks / max(load_RB[:, b].sum(), 1e-300) / draws
         par_cost += load_RB[:, b].max() * scale_B[b]
-    cost = rank_weight * touched(expert_HK, weight_H, rank_E, ranks)
+    cost = touched(expert_HK, weight_H, rank_E, ranks)
+    # near_ER: tokens that chose expert e together with some expert on rank r, pairs counted
+    near_ER = np.zeros((experts, ranks))
+    for expert in range(experts):
+        for other in range(experts):
+            near_ER[expert, rank_E[other]] += pair_EE[expert, other]
     if node_weight > 0:
         cost += node_weight * touched(expert_HK, weight_H, node_E, nodes)
     best_cost, best_E = cost + par_cost, rank_E.copy()
@@ -149,21 +171,24 @@ def anneal_layer(
                         peak = load_RB[rank, b]
                 new_par += peak * scale_B[b]
         par_change = new_par - par_cost
-        # the load is cheap and the sets are not: most exchanges that the load alone makes hopeless stop here
-        if par_change > 0 and rng.random() > 30 * np.exp(-par_change / temperature):
+        most = -temperature * np.log(rng.random())
+        across = node_weight > 0 and node_R[mine] != node_R[yours]
+        # load and pairs are cheap, the sets are not. A pair brought together saves at most one rank, and pairs parted
+        # cost at least about PARTED each (exactly 1 for k = 2): most hopeless exchanges stop here
+        pairs = near_ER[one, yours] - near_ER[one, mine] + near_ER[two, mine] - near_ER[two, yours]
+        pairs -= 2 * pair_EE[one, two]
+        if not across and par_change - (pairs if pairs > 0 else PARTED * pairs) > most:
             continue
-        change = rank_weight * (
+        change = float(
             _leave_and_enter(one, two, mine, yours, first_E, set_I, expert_HK, weight_H, count_HR)
             + _leave_and_enter(two, one, yours, mine, first_E, set_I, expert_HK, weight_H, count_HR)
         )
-        across = node_weight > 0 and node_R[mine] != node_R[yours]
         if across:
             change += node_weight * (
                 _leave_and_enter(one, two, node_R[mine], node_R[yours], first_E, set_I, expert_HK, weight_H, count_HN)
                 + _leave_and_enter(two, one, node_R[yours], node_R[mine], first_E, set_I, expert_HK, weight_H, count_HN)
             )
-        total = change + par_change
-        if total > 0 and rng.random() >= np.exp(-total / temperature):
+        if change + par_change > most:
             continue
         _shift(one, mine, yours, first_E, set_I, count_HR)
         _shift(two, yours, mine, first_E, set_I, count_HR)
@@ -171,6 +196,10 @@ def anneal_layer(
             _shift(one, node_R[mine], node_R[yours], first_E, set_I, count_HN)
             _shift(two, node_R[yours], node_R[mine], first_E, set_I, count_HN)
         rank_E[one], rank_E[two] = yours, mine
+        for expert in range(experts):
+            moved = pair_EE[expert, one] - pair_EE[expert, two]
+            near_ER[expert, mine] -= moved
+            near_ER[expert, yours] += moved
         for b in range(draws):
             shift = draw_EB[two, b] - draw_EB[one, b]
             load_RB[mine, b] += shift

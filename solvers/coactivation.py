@@ -19,7 +19,7 @@ from placer.core.evaluate import par
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
-from solvers.anneal import anneal_layer, incidence, touched
+from solvers.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.frontier import Candidate, cheapest_under_caps, implied_price
 from solvers.lpt import lpt_slots
@@ -36,7 +36,7 @@ SCAN_PRICES = (0.4, 1.0, 2.0, 4.0, 10.0, 25.0)
 REFINE_FACTORS = (0.75, 1.0, 1.33)
 DRAWS = 32
 SEARCH_SPREAD = 1.0
-VISITS_PER_LAYER = 5e8
+VISITS_PER_LAYER = 8e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class _Layer:
     sets: ExpertSets
     first_E: IntArray
     set_I: npt.NDArray[np.int32]
+    pair_EE: FloatArray
     draw_EB: FloatArray
     judge_EB: FloatArray
     load_E: IntArray
@@ -176,9 +177,10 @@ def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_E
     experts = problem.profile.model.num_experts
     first_E, set_I = incidence(sets.expert_HK, experts)
     visits = max(1.0, 2.0 * len(set_I) / experts)
-    steps = int(np.clip(VISITS_PER_LAYER / visits, 2_000, 6_000 * experts))
+    steps = int(np.clip(VISITS_PER_LAYER / visits, 2_000, 12_000 * experts))
     load_E = problem.profile.load_LE[layer]
-    return _Layer(sets, first_E, set_I, draw_EB, judge_EB, load_E, max(1, int(sets.weight_H.sum())), steps)
+    pair_EE = pair_weights(sets.expert_HK, sets.weight_H, experts)
+    return _Layer(sets, first_E, set_I, pair_EE, draw_EB, judge_EB, load_E, max(1, int(sets.weight_H.sum())), steps)
 
 
 def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_weight: float) -> Candidate:
@@ -214,7 +216,7 @@ def _anneal(
         item.sets.weight_H,
         item.first_E,
         item.set_I,
-        1.0,
+        item.pair_EE,
         node_weight,
         price * item.tokens,
         max(1_000, int(item.steps * share)),

@@ -164,5 +164,6 @@ def _refuse_empty_layers(profile: Profile) -> None:
         layers = [profile.model.moe_layers[row] for row in empty[:6]]
         raise UsageError(
             f"no token chose any expert in layer(s) {layers}: dense layers recorded as MoE layers, or a recorder that "
-            "missed them; import the trace again with its model given, which drops them"
+            "missed them; import the recording again without --model, which drops them, or with the model whose dense "
+            "layers they are"
         )

@@ -362,13 +362,18 @@ def test_an_all_zero_layer(work: Path) -> None:
     """With the model given, the layer stays, and no placement of it would mean anything."""
     config = write_config("config.json", num_hidden_layers=3)
     write_json("counts.json", {"logical_count": [[5] * 8, [0] * 8, [7] * 8]})
-    says = ("no token chose any expert in layer(s) [1]", "import the trace again")
+    says = ("no token chose any expert in layer(s) [1]", "without --model, which drops them")
     refused(2, "solve", "counts.json", *CLUSTER, "--model", config, "-o", "new.out", says=says, folder=work)
     expert_TLK = np.tile(np.array([1, 2], dtype=np.uint8), (30, 3, 1))
     expert_TLK[::2] += 1
     expert_TLK[:, 1] = 255
     write_npz("blank.npz", expert_TLK=expert_TLK)
     refused(2, "solve", "blank.npz", *CLUSTER, "--model", config, "-o", "new.out", says=says, folder=work)
+    for name in ("counts.json", "blank.npz"):
+        mended = ("solve", name, "--cluster", "node1", "--max-par", "inf")
+        assert placer(*mended).code == 0
+        dense = write_config("dense.json", num_hidden_layers=3, mlp_layer_types=["moe", "dense", "moe"])
+        assert placer(*mended, "--model", dense).code == 0
 
 
 def test_a_layer_that_was_never_routed_is_dropped_and_said_so_without_a_model(work: Path) -> None:
