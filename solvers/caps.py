@@ -20,6 +20,7 @@ NEAR_FLOOR = 0.02
 """PAR this near to the best balanced placement costs nearly all that co-activation gains, for no more than noise."""
 
 JUDGE_SPREAD = 2.0**0.5
+MIN_FOLDS = 4
 JUDGE_DRAWS = 128
 """Candidates are compared on other draws than those they were annealed on, or the best of many would look too good."""
 
@@ -28,11 +29,11 @@ def load_draws(load_FLE: IntArray, draws: int, seed: int, *, spread: float) -> F
     """Loads that a fresh sample of requests might show, (L, E, B).
 
     Each draw resamples the F folds with replacement and doubles the variance (what is judged differs from what was seen
-    by two independent samples). With fewer than 4 folds that says nothing, so the one draw is the load itself.
+    by two independent samples). With fewer than MIN_FOLDS folds that says nothing, so the one draw is the load itself.
     """
     folds = len(load_FLE)
     load_LE = load_FLE.sum(axis=0).astype(np.float64)
-    if folds < 4:
+    if folds < MIN_FOLDS:
         return load_LE[:, :, None]
     rng = np.random.default_rng(seed)
     times_BF = rng.multinomial(folds, np.full(folds, 1.0 / folds), size=draws)
@@ -51,8 +52,10 @@ def refuse_impossible_cap(problem: PlacementProblem) -> None:
         )
 
 
-def promise(chosen: list[Candidate], cap: float) -> str:
+def promise(chosen: list[Candidate], cap: float, folds: int) -> str:
     """One line for the user: the PAR to expect of unseen requests, and whether the cap holds for them."""
+    if folds < MIN_FOLDS:
+        return "too few requests to say anything about unseen ones"
     estimate = float(np.mean([candidate.par for candidate in chosen]))
     text = f"PAR on unseen requests is estimated at {estimate:.3f}"
     if estimate > cap + 1e-9:

@@ -139,7 +139,7 @@ def solve_coactivation(
         bound=bound,
         bound_by="capacity: ceil(k / slots)",
         seconds=time.perf_counter() - started,
-        message=promise(chosen, cap_seen),
+        message=promise(chosen, cap_seen, len(profile.load_FLE)),
     )
 
 

@@ -21,7 +21,7 @@ def align_ranks(slot_expert_LP: IntArray, transition_LEE: IntArray, num_ranks: i
     """The same groups of experts with each layer's ranks relabelled to keep the most transitions on one rank, (L, P).
 
     Replicas share their expert's transitions equally. Guarantee: optimal for the given groups. O(L (E^2 + R^3)).
-    Reference: PLACEMENT of MoETuner's ILP2 (arXiv 2502.06643, section 4.2) with equal bandwidths.
+    Reference: MoETuner's ILP 2 (arXiv 2502.06643, section 4.2) with equal bandwidths.
     """
     layers, slots = slot_expert_LP.shape
     experts = transition_LEE.shape[1]

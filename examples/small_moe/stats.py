@@ -1,8 +1,8 @@
 """Print how uneven, how predictable and how steady the routing in a trace is, one table row per trace.
 
-    python examples/small_moe/stats.py trace.npz other.npz
+    python examples/small_moe/stats.py examples/small_moe/trace.safetensors other.npz
 
-A trace is an npz file with ``expert_TLK`` and ``request_id_T``. Half of the requests, chosen at random, are for
+A trace is a file of any format that placer reads. Half of the requests, chosen at random, are for
 fitting; everything is measured on the other half, except drift, which needs the trace's order and reads all of it.
 
 Shapes: T token, L layer, K top-k, E expert, G group of experts (one rank's share), W window, P pair of adjacent layers.
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from placer.pipeline import open_trace
 
 __all__ = ["affinity_ratio", "align", "drift", "imbalance", "kept", "loads", "main", "transitions"]
 
@@ -119,8 +121,8 @@ def drift(expert_TLK: NDArray[np.uint8], experts: int) -> float:
 
 def row(path: Path) -> str:
     """Return the table row of one trace."""
-    with np.load(path, allow_pickle=False) as trace:
-        expert_TLK, request_id_T = trace["expert_TLK"], trace["request_id_T"]
+    trace = open_trace(path)
+    expert_TLK, request_id_T = trace.expert_LTK.transpose(1, 0, 2), trace.request_id_T
     rng = np.random.default_rng(SEED)
     request_ids = rng.permutation(np.unique(request_id_T))
     fitting_T = np.isin(request_id_T, request_ids[: len(request_ids) // 2])
@@ -144,7 +146,7 @@ def row(path: Path) -> str:
 def main() -> int:
     """Print a Markdown table with a row per trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=Path, nargs="+", help="npz files with expert_TLK and request_id_T")
+    parser.add_argument("traces", type=Path, nargs="+", help="per-token traces in any format that placer reads")
     paths: list[Path] = parser.parse_args().traces
     print("| trace | skew min / med / max | affinity ratio | kept G=4, G=8 | imbalance G=8 | drift (shuffled tokens) |")
     print("|---|---|---|---|---|---|")

@@ -28,6 +28,7 @@ __all__ = [
     "parse_share",
     "parse_time",
     "progress_line",
+    "read_source",
     "require_distinct",
     "require_parent",
     "status_line",
@@ -91,12 +92,24 @@ def require_parent(path: Path) -> None:
         raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
-def require_distinct(*paths: Path | None) -> None:
-    """Refuses two outputs of one name, of which only the second would be left. Raises UsageError."""
-    names = [os.path.realpath(path) for path in paths if path is not None]
+def require_distinct(*outputs: Path | None, inputs: tuple[Path | None, ...] = ()) -> None:
+    """Refuses an output that is an input or another output, of which only the second would be left. UsageError."""
+    read = {os.path.realpath(path) for path in inputs if path is not None}
+    names = [os.path.realpath(path) for path in outputs if path is not None]
     for index, name in enumerate(names):
         if name in names[:index]:
             raise UsageError(f"{name}: is named for two outputs; give each a file of its own")
+        if name in read:
+            raise UsageError(f"{name}: is read by this command and would be replaced; give the output another name")
+
+
+def read_source(path: Path, model: str | None, *, tokens: bool = False) -> Any:
+    """The trace, counts or profile in `path` (`tokens`: a trace only); what its reader noticed is told."""
+    from placer.pipeline import open_source, open_trace
+
+    source = (open_trace if tokens else open_source)(path, load_model(model), progress_line("reading"))
+    warn(getattr(source, "notes", ()))
+    return source
 
 
 def warn(messages: list[str] | tuple[str, ...]) -> None:

@@ -18,6 +18,8 @@ from placer.cli.common import (
     parse_share,
     parse_time,
     progress_line,
+    read_source,
+    require_distinct,
     require_parent,
     warn,
 )
@@ -39,12 +41,13 @@ def profile(
 ) -> None:
     """Counts a trace into a small profile without prompts, which can be shared and solved elsewhere."""
     from placer.config import load_settings
-    from placer.pipeline import open_source, profile_of
+    from placer.pipeline import profile_of
     from traces.profile_store import save_profile
 
     require_parent(output)
+    require_distinct(output, inputs=(trace,))
     settings = load_settings(config)
-    source = open_source(trace, load_model(model), progress_line("reading"))
+    source = read_source(trace, model)
     counted = profile_of(source, settings.profile, progress_line("counting"))
     save_profile(counted, output)
     data = {"output": str(output), "tokens": counted.num_tokens, "bytes": output.stat().st_size}
@@ -81,14 +84,14 @@ def solve(
     """Finds a placement, with a lower bound and the gap to it. Exit code 5: no placement meets the limits."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
-    from placer.pipeline import open_source
     from placer.pipeline import solve as run
 
     if output is not None:
         require_parent(output)
+    require_distinct(output, inputs=(source, current))
     settings = load_settings(config)
     solved = run(
-        open_source(source, load_model(model), progress_line("reading")),
+        read_source(source, model),
         load_cluster(cluster),
         mode=mode,  # type: ignore[arg-type]  # validated by PlacementProblem
         redundant=redundant,
@@ -128,16 +131,29 @@ def solve(
     emit(as_json, data, _solved_tables(data), (f"wrote {output}",) if output else ())
 
 
+JUDGED = ("ranks_touched", "nodes_touched", "copies_sent", "par", "par_window_mean", "par_window_p99", "kept")
+
+
+def _judged_rows(judged: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a plan does to the requests it was judged on, one figure a row."""
+    rows = [(key, judged[key]) for key in JUDGED if judged.get(key) is not None]
+    return rows + [(f"iteration_us ({mode})", value) for mode, value in (judged.get("iteration_us") or {}).items()]
+
+
+def _judged_table(title: str, judged: dict[str, Any]) -> Any:
+    from placer.report.tables import DataTable, format_cell
+
+    rows = tuple((key, format_cell(value)) for key, value in _judged_rows(judged))
+    return DataTable(title=f"{title}, judged on this trace", columns=("what", "value"), rows=rows)
+
+
 def _solved_tables(data: dict[str, Any]) -> Any:
-    from placer.report.tables import DataTable
+    from placer.report.tables import DataTable, format_cell
 
     keys = ("solver", "status", "stopped_by", "objective_name", "objective", "bound", "bound_by", "gap", "seconds")
-    judged = ("ranks_touched", "nodes_touched", "copies_sent", "par", "par_window_mean", "par_window_p99", "kept")
     rows = [(key, data[key]) for key in keys]
-    rows += [(key, data[key]) for key in judged if key in data]
-    rows += [(f"iteration_us ({mode})", value) for mode, value in (data.get("iteration_us") or {}).items()]
-    from placer.report.tables import format_cell
-
+    rows[keys.index("gap")] = ("gap", None if data["gap"] is None else f"{100 * data['gap']:.3g} %")
+    rows += _judged_rows(data)
     cells = tuple((key, format_cell(value)) for key, value in rows)
     notes = (data["message"],) if data["message"] else ()
     return (DataTable(title="Solved; judged on the same requests", columns=("what", "value"), rows=cells, notes=notes),)
@@ -157,12 +173,12 @@ def check(
     """Says whether a plan is legal and, with --baseline, no worse. Exit code 6: illegal; 7: a regression."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
-    from placer.pipeline import check_plan, open_source
+    from placer.pipeline import check_plan
 
     settings = load_settings(config)
     report = check_plan(
         Plan.load(plan),
-        open_source(trace, load_model(model), progress_line("reading")),
+        read_source(trace, model),
         load_cluster(cluster),
         max_par=max_par,
         baseline=None if baseline is None else Plan.load(baseline),
@@ -179,7 +195,8 @@ def check(
         "warnings": list(report.warnings),
         "evaluation": None if report.evaluation is None else asdict(report.evaluation),
     }
-    emit(as_json, data, (), () if report.violations or report.regressions else (f"{plan}: legal",))
+    tables = () if report.evaluation is None else (_judged_table(str(plan), asdict(report.evaluation)),)
+    emit(as_json, data, tables, () if report.violations else (f"{plan}: legal",))
     report.raise_for_status()
 
 
@@ -202,6 +219,7 @@ def export(
     from placer.pipeline import model_of_plan
 
     require_parent(output)
+    require_distinct(output, inputs=(plan,))
     read = Plan.load(plan)
     flags = export_plan(read, model_of_plan(read, load_model(model)), to, output)
     emit(

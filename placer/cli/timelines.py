@@ -13,8 +13,8 @@ from placer.cli.common import (
     ModelFlag,
     OutFlag,
     emit,
-    load_model,
     progress_line,
+    read_source,
     require_distinct,
     require_parent,
     status_line,
@@ -49,16 +49,16 @@ def simulate(
     """Predicts how long the plan takes on a cluster, phase by phase and rank by rank."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
-    from placer.pipeline import open_trace, predict
+    from placer.pipeline import predict
 
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
-    require_distinct(output, chrome)
+    require_distinct(output, chrome, inputs=(plan, trace))
     settings = load_settings(config)
     timeline, warnings = predict(
         Plan.load(plan),
-        open_trace(trace, load_model(model), progress_line("reading")),
+        read_source(trace, model, tokens=True),
         load_cluster(cluster),
         fidelity=fidelity,
         mode=mode,
@@ -94,16 +94,16 @@ def run(
     """Measures the plan on real torch.distributed ranks of this machine (NCCL on GPUs, gloo on CPUs)."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
-    from placer.pipeline import measure, open_trace
+    from placer.pipeline import measure
 
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
-    require_distinct(output, chrome)
+    require_distinct(output, chrome, inputs=(plan, trace))
     settings = load_settings(config)
     timelines, names = measure(
         Plan.load(plan),
-        open_trace(trace, None, progress_line("reading")),
+        read_source(trace, None, tokens=True),
         checkpoint=model,
         ranks=ranks,
         mode=mode,

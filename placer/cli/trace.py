@@ -12,6 +12,7 @@ from placer.cli.common import (
     emit,
     load_model,
     progress_line,
+    read_source,
     require_distinct,
     require_parent,
     warn,
@@ -59,8 +60,8 @@ def info(
     shown["MoE layers"] = len(spec.moe_layers)
     statistics = data["statistics"]
     assert isinstance(statistics, dict)
-    rows = tuple((key, str(value)) for key, value in shown.items() if value != {})
-    rows += tuple((key, _short(value)) for key, value in statistics.items())
+    rows = tuple((key, _short(value)) for key, value in shown.items() if value != {})
+    rows += tuple((key, _short(value)) for key, value in statistics.items() if key not in shown)
     notes = data["notes"]
     assert isinstance(notes, list)
     table = DataTable(title=str(trace), columns=("what", "value"), rows=rows, notes=tuple(f"note: {n}" for n in notes))
@@ -87,6 +88,7 @@ def import_(
     from traces.trace import RoutingTrace
 
     require_parent(output)
+    require_distinct(output, inputs=(src,))
     read = read_any(src, source, load_model(model), progress_line("reading"))
     warn(read.notes)
     if isinstance(read, RoutingTrace):
@@ -113,13 +115,12 @@ def split(
     """Splits a trace by request, never by token, so that a plan can be judged on requests it was not planned on."""
     import numpy as np
 
-    from placer.pipeline import open_trace
     from traces.store import save_trace
 
     require_parent(train)
     require_parent(test)
-    require_distinct(train, test)
-    source = open_trace(trace, load_model(model), progress_line("reading"))
+    require_distinct(train, test, inputs=(trace,))
+    source = read_source(trace, model, tokens=True)
     mask_T = source.request_mask(fraction, seed)
     data = {}
     for name, path, part_T in (("train", train, mask_T), ("test", test, ~mask_T)):
@@ -147,6 +148,7 @@ def record(
     from traces.store import save_trace
 
     require_parent(output)
+    require_distinct(output, inputs=(text,))
     try:
         prompts = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -160,4 +162,8 @@ def record(
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(part)}" for key, part in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -41,8 +41,13 @@ class LayerTraffic:
 
 
 def source_ranks(request_id_T: npt.NDArray[np.integer], num_ranks: int) -> IntArray:
-    """The default request placement: the i-th distinct request (by id) runs its attention on rank i mod R, (T,)."""
-    _, index = np.unique(request_id_T, return_inverse=True)
+    """The default request placement: the i-th distinct request (by id) runs its attention on rank i mod R, (T,).
+
+    With fewer requests than ranks (a trace without request ids is one request) tokens are dealt in turn instead.
+    """
+    ids, index = np.unique(request_id_T, return_inverse=True)
+    if len(ids) < num_ranks:
+        return np.arange(len(request_id_T), dtype=np.int64) % num_ranks
     return (index.reshape(-1) % num_ranks).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Names of the dispatch modes and of the engines' replica choices (DESIGN, "How tokens travel")."""
+"""Names of the dispatch modes and of the engines' replica choices: how tokens travel."""
 
 from typing import Literal, get_args
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from placer.core.errors import UsageError
 from placer.core.model import ModelSpec
+from placer.core.modes import ReplicaChoice
 from placer.core.plan import Plan
 from placer.export.ascend import ASCEND
 from placer.export.eplb import EPLB
@@ -13,7 +14,15 @@ from placer.export.sglang import SGLANG
 from placer.export.trtllm import TRTLLM
 from placer.export.vllm import VLLM, VLLM_EXPERT_MAP, VLLM_INITIAL_MAPPING, VLLM_PLACEMENT_FILE
 
-__all__ = ["EXPORTERS", "Exporter", "assert_exportable", "export_plan", "export_violations"]
+__all__ = [
+    "ENGINE_CHOICES",
+    "EXPORTERS",
+    "Exporter",
+    "assert_exportable",
+    "export_plan",
+    "export_violations",
+    "export_warnings",
+]
 
 EXPORTERS: dict[str, Exporter] = {
     exporter.name: exporter
@@ -36,3 +45,28 @@ def export_plan(plan: Plan, model: ModelSpec, to: str, path: Path) -> str:
     path = Path(path)
     EXPORTERS[to].write(plan, model, path)
     return EXPORTERS[to].launch(plan, path)
+
+
+ENGINE_CHOICES: dict[str, tuple[ReplicaChoice, ...]] = {
+    "sglang": ("nearest", "local_or_uniform"),
+    "vllm": ("token_hash",),
+    "trtllm": ("round_robin",),
+    "ascend": ("fixed_source",),
+}
+"""Replica choices that an engine has, the one it uses by default first; by the exporter's name up to its first dash."""
+
+
+def export_warnings(plan: Plan, to: str) -> tuple[str, ...]:
+    """What the engine `to` will do otherwise than the plan assumes: its replica choice, its dispatch."""
+    warnings = []
+    choices = ENGINE_CHOICES.get(to.split("-")[0])
+    if choices and plan.num_slots > plan.num_experts and plan.replica_choice not in choices:
+        warnings.append(
+            f"the plan counts on replica choice {plan.replica_choice}, {to} uses {choices[0]}: ranks touched will be "
+            f"higher than planned; set solve.replica_choice: {choices[0]} in --config and solve again to plan for it"
+        )
+    if plan.mode == "coherent" and choices:
+        warnings.append(
+            f"{to} has no coherent execution: tokens return to their source rank, so affinity gains nothing"
+        )
+    return tuple(warnings)

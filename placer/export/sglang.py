@@ -95,11 +95,21 @@ def _torch() -> Any:
     return torch
 
 
+A2A_FLAGS = {
+    "per_expert": "--moe-a2a-backend deepep --deepep-mode low_latency",
+    "per_rank": "--moe-a2a-backend deepep --deepep-mode normal",
+    "per_node": "--moe-a2a-backend deepep --deepep-mode normal",
+    "coherent": "--moe-a2a-backend deepep",
+    "allgather": "--moe-a2a-backend none",
+}
+"""SGLang's flags for each dispatch mode; it has no `coherent` execution."""
+
+
 def _launch(plan: Plan, path: Path) -> str:
     redundant = plan.num_slots - plan.num_experts
     return (
         f"--init-expert-location {shlex.quote(str(path))} --ep-size {plan.num_ranks} "
-        f"--ep-num-redundant-experts {redundant} --moe-a2a-backend deepep"
+        f"--ep-num-redundant-experts {redundant} {A2A_FLAGS[plan.mode]}"
     )
 
 

@@ -124,7 +124,8 @@ def solve(
             raise InfeasibleError(f"{result.solver}: no placement found under the cap: {violation.message}")
         if not baseline:
             raise SolverError(f"{result.solver} returned an illegal plan: {violation}")
-        warnings.append(str(violation))
+        if violation.code != "max-par" or max_par != "auto":
+            warnings.append(str(violation))
     evaluation = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
     return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings))
 

@@ -70,6 +70,8 @@ def measure(
 
     settings = settings or RunSettings()
     assert_runnable(plan)
+    if cluster is not None:
+        warn_mismatch(plan, trace.model, cluster)
     used = settings.iterations * settings.tokens_per_iteration
     if used > trace.num_tokens:
         raise UsageError(

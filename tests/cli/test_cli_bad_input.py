@@ -445,7 +445,7 @@ def test_a_trace_recorded_on_more_ranks(work: Path) -> None:
     refused(4, "solve", "ranks.npz", *CLUSTER, "-o", "new.out", says=says, folder=work)
 
 
-# --- FORMATS' table of bad plans that engines accept
+# --- bad plans that engines accept
 
 
 def changed_slot(layer: int, slot: int, value: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ SOLVE_KEYS = {
     "solver", "status", "stopped_by", "objective", "bound", "gap", "seconds", "ranks_touched", "nodes_touched", "par",
     "par_window_mean", "par_window_p99", "kept", "seed", "plan",
 }  # fmt: skip
-"""What DESIGN promises to scripts."""
+"""What is promised to scripts."""
 
 MORE_SOLVE_KEYS = {
     "objective_name", "bound_by", "mode", "max_par", "tokens", "copies_sent", "par_max", "iteration_us", "message",

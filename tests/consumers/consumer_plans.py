@@ -1,4 +1,4 @@
-"""Plans for the engines' readers, and the plans of FORMATS section 8 that they should never be given."""
+"""Plans for the engines' readers, and the bad plans that they should never be given."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def consumer_plan(seed: int) -> tuple[Plan, ModelSpec]:
 
 
 def bad_plans() -> dict[str, Plan]:
-    """The faults of FORMATS section 8, each made from a legal plan so that it breaks one rule only."""
+    """The faults that engines accept, each made from a legal plan so that it breaks one rule only."""
     plan, _ = consumer_plan(0)
     slots = plan.slot_expert_LP
     row = slots[1]

@@ -1,4 +1,4 @@
-"""check: every code has a test, every row of FORMATS' table of bad plans is refused, and a slow oracle agrees.
+"""check: every code has a test, every bad plan that an engine accepts is refused, and a slow oracle agrees.
 
 Legend: L sites, P slots, R ranks, E experts.
 """
@@ -49,7 +49,7 @@ def test_a_legal_plan_breaks_no_rule() -> None:
     assert_runnable(plan())
 
 
-FORMATS_TABLE = [
+ACCEPTED_BY_ENGINES = [
     pytest.param(plan(ROWS[:1]), ["layers", "layers"], id="fewer layer rows"),
     pytest.param(plan([*ROWS, ROWS[0]]), ["layers", "layers"], id="more layer rows"),
     pytest.param(plan([[*row, 2, 3, 4, 5] for row in ROWS]), ["slots"], id="too many slots"),
@@ -63,7 +63,7 @@ FORMATS_TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("bad", "wanted"), FORMATS_TABLE)
+@pytest.mark.parametrize(("bad", "wanted"), ACCEPTED_BY_ENGINES)
 def test_plans_that_engines_accept_are_refused(bad: Plan, wanted: list[str]) -> None:
     found = check(problem(), bad)
     assert codes(found) == wanted

@@ -1,4 +1,4 @@
-"""Plans that the engines accept and serve wrongly (FORMATS section 8) are refused before a file exists."""
+"""Plans that the engines accept and serve wrongly are refused before a file exists."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files as SGLang's recorder writes them (FORMATS section 1.1), made by the same torch.save."""
+"""Files as SGLang's recorder writes them, made by the same torch.save."""
 
 import numpy as np
 
