@@ -98,7 +98,8 @@ def work_of(
     location_T = source_T
     layers = []
     for layer in range(expert_LTK.shape[0]):
-        slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)
+        home_T = location_T if mode == "coherent" else source_T
+        slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], home_T, token_T)
         traffic, location_T = layer_traffic(slots, mode, slot_TK, location_T, window_T, windows)
         layers.append(
             LayerWork(

@@ -110,7 +110,7 @@ def solve_coactivation(
             share = share if price > 0 else 0.8
         for index, price in enumerate(prices):
             chosen = cheapest_under_caps(pools, cap, cap_seen)
-            if _cost(chosen) <= bound / max(1e-12, 1 - gap):
+            if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen):
                 stopped_by = "gap"
                 break
             for layer, item in enumerate(prepared):
@@ -225,6 +225,11 @@ def _anneal(
         rng,
     )
     return found_E
+
+
+def _meets(chosen: list[Candidate], cap: float, cap_seen: float) -> bool:
+    par_seen = float(np.mean([candidate.par_seen for candidate in chosen]))
+    return par_seen <= cap_seen + 1e-9 and float(np.mean([candidate.par for candidate in chosen])) <= cap + 1e-9
 
 
 def _cost(chosen: list[Candidate]) -> float:

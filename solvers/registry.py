@@ -16,19 +16,25 @@ __all__ = ["SOLVERS", "SolverInfo", "choose_solver", "run_solver"]
 
 @dataclass(frozen=True, slots=True)
 class SolverInfo:
-    """Where a solver lives, one line about it, and which of the optional arguments it takes."""
+    """Where a solver lives, one line about it, and which of the optional arguments it takes, and
+    whether `coherent` mode may relabel its ranks."""
 
     module: str
     function: str
     about: str
     takes: tuple[str, ...] = ()
+    align: bool = True
 
 
 SOLVERS: dict[str, SolverInfo] = {
-    "linear": SolverInfo("solvers.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)"),
-    "round_robin": SolverInfo("solvers.simple", "solve_round_robin", "expert e on rank e mod R"),
-    "eplb": SolverInfo("solvers.eplb", "solve_eplb", "DeepSeek's EPLB rules, global"),
-    "eplb_hierarchical": SolverInfo("solvers.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first"),
+    "linear": SolverInfo(
+        "solvers.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)", align=False
+    ),
+    "round_robin": SolverInfo("solvers.simple", "solve_round_robin", "expert e on rank e mod R", align=False),
+    "eplb": SolverInfo("solvers.eplb", "solve_eplb", "DeepSeek's EPLB rules, global", align=False),
+    "eplb_hierarchical": SolverInfo(
+        "solvers.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first", align=False
+    ),
     "lpt": SolverInfo("solvers.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
     "coactivation": SolverInfo(
         "solvers.coactivation",
@@ -73,7 +79,8 @@ def run_solver(
 ) -> SolveResult:
     """Runs one solver from `start_LP` (a placement, or None) until it is done, within `gap` or out of time.
 
-    In `coherent` mode its ranks are then aligned over layers. Raises UsageError for a bad name.
+    In `coherent` mode its ranks, unless it is a baseline, are then aligned over layers. Raises UsageError for a name
+    that is not known.
     """
     name = choose_solver(problem) if name == "auto" else name
     if name not in SOLVERS:
@@ -83,7 +90,7 @@ def run_solver(
     solve = getattr(import_module(info.module), info.function)
     result: SolveResult = solve(problem, **{key: given[key] for key in info.takes})
     transitions = problem.profile.transition_LEE
-    if problem.mode == "coherent" and result.slot_expert_LP is not None and transitions is not None:
+    if problem.mode == "coherent" and info.align and result.slot_expert_LP is not None and transitions is not None:
         align_ranks = import_module("solvers.relabel").align_ranks
         aligned = align_ranks(result.slot_expert_LP, transitions, problem.cluster.num_ranks)
         if result.replica_share_LP is None:

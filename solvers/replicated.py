@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from placer.core.errors import UsageError
 from placer.core.evaluate import par
+from placer.core.evaluate_profile import distinct
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
+from placer.core.replicas import layer_slots, serve_sets, served_share
 from solvers.anneal import incidence
 from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.coactivation import capacity_bound, node_price
 from solvers.frontier import Candidate, cheapest_under_caps
 from solvers.lpt import lpt_slots
-from solvers.replica_anneal import MAX_RANKS, anneal_replicas, serve_sets
+from solvers.replica_anneal import MAX_RANKS, anneal_replicas
 from solvers.result import SolveResult, StoppedBy
 
 __all__ = ["solve_replicated"]
@@ -31,8 +33,6 @@ PRICES = (1.0, 2.5, 8.0)
 """Copies per token and layer that one unit of PAR is worth, one pass each."""
 
 SERVED_PER_PASS = 6e6
-DRAW_NOISE = 0.003
-"""How far the PAR of one draw of the replica choice may lie from that of another; kept as a margin below the cap."""
 
 
 class _Layer:
@@ -44,24 +44,27 @@ class _Layer:
         self.experts = problem.profile.model.num_experts
         self.first_E, self.set_I = incidence(self.sets.expert_HK, self.experts)
         rng = np.random.default_rng([seed, layer])
-        # candidates are judged on other draws than those they were annealed on, or the search would learn the draws
-        self.draw_HK, self.judge_HK = rng.integers(0, 2**32, (2, *self.sets.expert_HK.shape), dtype=np.uint32)
+        # candidates are judged by the core's replica choice, with other draws than those they were annealed on
+        self.draw_HK = rng.integers(0, 2**32, self.sets.expert_HK.shape, dtype=np.uint32)
+        self.load_E = problem.profile.load_LE[layer]
         self.tokens = max(1, int(self.sets.weight_H.sum()))
         self.visit_first = problem.replica_choice == "visit_first"
         self.node_weight = node_price(problem)
 
     def judge(self, row_P: IntArray) -> Candidate:
         """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
-        held_RC = row_P.reshape(self.problem.cluster.num_ranks, -1)
-        node_R, sets = self.problem.cluster.node_R, self.sets
-        ranks, nodes, load_ER = serve_sets(
-            held_RC, self.experts, node_R, sets.expert_HK, sets.weight_H, self.judge_HK, self.visit_first
-        )
-        share_ER = load_ER / np.maximum(1e-300, load_ER.sum(axis=1, keepdims=True))
+        cluster, sets = self.problem.cluster, self.sets
+        slots = layer_slots(row_P, self.experts, cluster.num_ranks, cluster.ranks_per_node)
+        slot_HK = serve_sets(slots, self.problem.replica_choice, sets.expert_HK)
+        share_ER = np.zeros((self.experts, cluster.num_ranks))
+        np.add.at(share_ER, (row_P, slots.rank_P), served_share(slots, slot_HK, sets.weight_H))
+        rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
+        ranks = distinct(rank_HK) @ sets.weight_H
+        nodes = distinct(np.where(rank_HK >= 0, slots.node_R[rank_HK], -1)) @ sets.weight_H
         return Candidate(
-            touched=(ranks + self.node_weight * nodes) / self.tokens,
+            touched=float(ranks + self.node_weight * nodes) / self.tokens,
             par=float(par(self.judge_EB.T @ share_ER).mean()),
-            par_seen=float(par(load_ER.sum(axis=0))),
+            par_seen=float(par(self.load_E @ share_ER)),
             placement=row_P,
         )
 
@@ -98,8 +101,7 @@ def solve_replicated(
 ) -> SolveResult:
     """Few ranks touched with `problem.redundant` replicas per layer at mean PAR <= problem.max_par, up to 64 ranks.
 
-    The cap is as in solve_coactivation. Objective: mean ranks touched when sets are served in ascending order of ids
-    (the engine serves in the router's order, so the exact judge differs by a little); PAR as the choice produces it.
+    The cap is as in solve_coactivation. Objective: mean ranks touched as the replica choice serves the expert sets.
     Guarantee: none beyond the bound. Complexity: O(L * SERVED_PER_PASS). Deterministic unless the time limit stops it.
     Raises UsageError without expert sets or beyond 64 ranks, InfeasibleError for an impossible cap.
     """
@@ -131,7 +133,7 @@ def solve_replicated(
             pools[layer].append(item.anneal(begin.placement, price, (seed, step, layer)))
             if progress:
                 progress(step * len(layers) + layer + 1, len(prices) * len(layers))
-    chosen = cheapest_under_caps(pools, cap, cap_seen - DRAW_NOISE)
+    chosen = cheapest_under_caps(pools, cap, cap_seen)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
     node_weight = layers[0].node_weight
     node_slots = problem.slots_per_rank * cluster.ranks_per_node

@@ -108,7 +108,8 @@ def read_source(path: Path, model: str | None, *, tokens: bool = False) -> Any:
     from placer.pipeline import open_source, open_trace
 
     source = (open_trace if tokens else open_source)(path, load_model(model), progress_line("reading"))
-    warn(getattr(source, "notes", ()))
+    for note in getattr(source, "notes", ()):
+        status_line(f"note: {note}")
     return source
 
 

@@ -82,6 +82,9 @@ def assert_runnable(plan: Plan) -> None:
     if len(plan.moe_layers) != len(plan.slot_expert_LP):
         message = f"{len(plan.slot_expert_LP)} rows, but plan.moe_layers names {len(plan.moe_layers)} layers"
         found.append(Violation("layers", "plan", message))
+    if plan.num_experts > plan.num_slots:
+        message = f"{plan.num_experts} experts in {plan.num_slots} slots: at least one has no slot"
+        found.append(Violation("missing-expert", "plan.num_experts", message))
     if not found:
         rows = range(len(plan.slot_expert_LP))
         codes = ("id-range", "missing-expert", "share")

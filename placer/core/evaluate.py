@@ -11,7 +11,7 @@ import numpy.typing as npt
 from placer.core.cluster import ClusterSpec
 from placer.core.cost import closed_form_ns, gather_copies, leg_times, rank_load
 from placer.core.dispatch import LayerTraffic, assign_layer, layer_traffic
-from placer.core.errors import MismatchError
+from placer.core.errors import MismatchError, UsageError
 from placer.core.model import ModelSpec
 from placer.core.modes import DispatchMode
 from placer.core.plan import Plan
@@ -48,6 +48,8 @@ class Evaluation:
 
 def window_index(num_tokens: int, window_tokens: int) -> tuple[IntArray, int]:
     """Window of each token and their number; a last window shorter than half joins the one before it."""
+    if window_tokens < 1:
+        raise UsageError(f"window_tokens is {window_tokens}; give 1 or more")
     windows = max(1, int(num_tokens / window_tokens + 0.5))
     return np.minimum(np.arange(num_tokens) // window_tokens, windows - 1), windows
 
@@ -71,7 +73,8 @@ def iterate_layers(
     location_T = source_T
     result = []
     for layer in range(expert_LTK.shape[0]):
-        slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)
+        home_T = location_T if mode == "coherent" else source_T
+        slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], home_T, token_T)
         traffic, location_T = layer_traffic(slots, mode, slot_TK, location_T, window_T, num_windows)
         result.append(traffic)
     return result
@@ -114,9 +117,15 @@ def evaluate(
     window_par: list[npt.NDArray[np.float64]] = []
     rank_before: IntArray | None = None
     for layer in range(expert_LTK.shape[0]):
-        slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)
+        at_home = assign_layer(plan, layer, expert_LTK[layer], source_T, token_T)
+        slot_TK, slots = at_home
         for mode in wanted:
-            traffic, location[mode] = layer_traffic(slots, mode, slot_TK, location[mode], batch_T, batches)
+            serving = at_home
+            if mode == "coherent":
+                serving = assign_layer(plan, layer, expert_LTK[layer], location[mode], token_T)
+            if mode == plan.mode:
+                slot_TK, slots = serving
+            traffic, location[mode] = layer_traffic(serving[1], mode, serving[0], location[mode], batch_T, batches)
             time_W[mode] += np.sum(list(closed_form_ns(cluster, model, traffic).values()), axis=0)
             if mode == plan.mode:
                 touched += traffic.ranks_touched

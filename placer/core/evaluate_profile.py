@@ -14,7 +14,7 @@ from placer.core.plan import Plan
 from placer.core.profile import Profile
 from placer.core.replicas import layer_slots, serve_sets, served_share
 
-__all__ = ["ProfileEvaluation", "evaluate_profile"]
+__all__ = ["ProfileEvaluation", "distinct", "evaluate_profile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
             node_HK = np.where(slot_HK >= 0, slots.node_R[rank_HK], -1)
             # a layer whose sets are a sample counts as all of its tokens
             weight_H = sets.weight_H / (sets.coverage or 1.0)
-            touched += float(_distinct(rank_HK) @ weight_H)
-            nodes += float(_distinct(node_HK) @ weight_H)
+            touched += float(distinct(rank_HK) @ weight_H)
+            nodes += float(distinct(node_HK) @ weight_H)
             tokens += float(weight_H[(slot_HK >= 0).any(axis=1)].sum())
         used = row >= 0
         np.add.at(share_LRE[layer], (slots.rank_P[used], row[used]), share_P[used])
@@ -84,7 +84,7 @@ def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
     )
 
 
-def _distinct(group_HK: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def distinct(group_HK: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Distinct groups of each set, -1 meaning none, (H,)."""
     ordered = np.sort(group_HK, axis=1)
     fresh = np.diff(ordered, axis=1, prepend=-1) != 0

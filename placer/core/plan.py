@@ -62,6 +62,8 @@ class Plan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"plan.{name} is {value!r}; give a positive integer")
+        if self.num_ranks % self.ranks_per_node:
+            raise UsageError(f"plan.num_ranks {self.num_ranks} is no multiple of ranks_per_node {self.ranks_per_node}")
         if self.mode not in DISPATCH_MODES:
             raise UsageError(f"plan.mode is {self.mode!r}; use one of {', '.join(DISPATCH_MODES)}")
         if self.replica_choice not in REPLICA_CHOICES:

@@ -77,8 +77,9 @@ def choose_slots(
 
     `source_T` is the rank a token's attention runs on, `token_T` its index (for the hashing rules). The rules:
 
-    visit_first       a replica on a rank that the token visits anyway (for an expert with one slot, or chosen before);
-                      else one on its source rank; else by hash in proportion to `share_P`. Stateless: every rank
+    visit_first       experts with one slot first, then the others in ascending order of id: a replica on a rank that
+                      the token visits already; else one on its source rank; else by hash in proportion to `share_P`.
+                      Stateless: every rank
                       computes the same answer. Ours; see docs/decisions/0004.
     nearest           SGLang static: per source rank, a replica on that rank, else on its node, else a fixed fair draw.
     local_or_uniform  SGLang dynamic: the local replica if there is one, else uniform over all.
@@ -151,17 +152,17 @@ def _visit_first(
     token_T: IntArray,
     slot_TK: IntArray,
 ) -> None:
-    """Fills slot_TK where several_TK; one vectorised step per column of top-k."""
+    """Fills slot_TK where several_TK; one vectorised step per replicated expert of a token."""
     hit_T = np.flatnonzero(several_TK.any(axis=1))
     visited_TR = np.zeros((len(hit_T), slots.num_ranks), dtype=bool)
     row, column = np.nonzero((legal_TK & ~several_TK)[hit_T])
     placed = slot_TK[hit_T][row, column]
     visited_TR[row[placed >= 0], slots.rank_P[placed[placed >= 0]]] = True
-    for k in range(expert_TK.shape[1]):
-        row = np.flatnonzero(several_TK[hit_T, k])
-        if not len(row):
-            continue
-        token = hit_T[row]
+    # ascending ids, not the router's order: then a set of experts is served alike however its ids are written
+    order_TK = np.argsort(np.where(several_TK[hit_T], expert_TK[hit_T], len(slots.count_E)), axis=1, kind="stable")
+    for step in range(int(several_TK.sum(axis=1).max(initial=0))):
+        row = np.flatnonzero(several_TK[hit_T, order_TK[:, step]])
+        token, k = hit_T[row], order_TK[row, step]
         expert = expert_TK[token, k]
         candidate_N = slots.slot_EN[expert]
         exists = candidate_N >= 0

@@ -93,6 +93,8 @@ def solve(
     settings, counting = solve_settings or SolveSettings(), profile_settings or ProfileSettings()
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed is {seed!r}; give a whole number, 0 or more")
+    if not 0 <= gap < 1:
+        raise UsageError(f"gap is {gap!r}; give a share of the objective, at least 0 and below 1")
     free = PlacementProblem(
         profile=profile_of(source, counting),
         cluster=cluster,
@@ -119,13 +121,16 @@ def solve(
         warnings.append(f"solver {result.solver} starts afresh; --from is not used")
     plan = make_plan(problem, result, seed)
     for violation in check(problem, plan):
-        baseline = result.solver in BASELINES and violation.code in ("max-par", "same-rank-replicas")
-        if violation.code == "max-par" and not baseline:
+        baseline = result.solver in BASELINES
+        if violation.code == "max-par" and max_par == "auto":
+            # nobody asked for this cap: a baseline is shown as it is, a solver did what it could
+            warnings += [] if baseline else [f"the default load cap is not met: {violation.message}"]
+        elif violation.code == "max-par" and not baseline:
             raise InfeasibleError(f"{result.solver}: no placement found under the cap: {violation.message}")
-        if not baseline:
+        elif baseline and violation.code in ("max-par", "same-rank-replicas"):
+            warnings.append(f"{violation} ({result.solver} does not know this rule; export refuses repeats)")
+        else:
             raise SolverError(f"{result.solver} returned an illegal plan: {violation}")
-        if violation.code != "max-par" or max_par != "auto":
-            warnings.append(str(violation))
     evaluation = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
     return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings))
 
@@ -146,6 +151,7 @@ def judge(
     settings = settings or SolveSettings()
     assert_runnable(plan)
     if not isinstance(source, RoutingTrace):
+        warn_mismatch(plan, source.model, cluster)
         return evaluate_profile(plan, profile_of(source, ProfileSettings()))
     return evaluate(
         plan,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from placer.config.settings import RunSettings
 from placer.core.check import assert_runnable
 from placer.core.cluster import ClusterSpec
@@ -100,7 +102,8 @@ def measure(
     timelines, names = [measured], ["measured"]
     if cluster is not None:
         model = replayed_model(trace.model, measured.about)
-        same = replace(trace.select_tokens(slice(0, used)), model=model, checked=True, known_sha256=trace.sha256)
+        part = replace(trace.select_tokens(slice(0, used)), source_rank_T=source_T[:used].astype(np.int32))
+        same = replace(part, model=model, checked=True, known_sha256=trace.sha256)
         predicted, _ = predict(plan, same, cluster, mode=mode, batch_tokens=settings.tokens_per_iteration)
         timelines.append(predicted)
         names.append("predicted")

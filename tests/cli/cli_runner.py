@@ -16,11 +16,12 @@ __all__ = ["Outcome", "placer", "refused", "run_json"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code and both outputs of one call."""
+    """Exit code and both outputs of one call; what readers noticed is kept apart from the errors."""
 
     code: int
     out: str
     err: str
+    notes: str = ""
 
 
 def placer(*arguments: object) -> Outcome:
@@ -36,7 +37,9 @@ def placer(*arguments: object) -> Outcome:
             main()
         except SystemExit as stop:
             code = stop.code or 0
-    return Outcome(code, out.getvalue(), err.getvalue())
+    lines = err.getvalue().splitlines(keepends=True)
+    errors = "".join(line for line in lines if not line.startswith("note: "))
+    return Outcome(code, out.getvalue(), errors, "".join(line for line in lines if line.startswith("note: ")))
 
 
 def run_json(*arguments: object) -> dict[str, Any]:

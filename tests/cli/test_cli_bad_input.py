@@ -397,7 +397,7 @@ def test_a_plan_for_another_trace_of_the_same_shape_warns(work: Path) -> None:
     outcome = placer("check", "plan.json", "--trace", "other.safetensors", *CLUSTER)
     assert outcome.code == 0
     assert outcome.err.startswith("warning: the plan was solved for another trace (hash ")
-    assert outcome.out == "plan.json: legal\n"
+    assert outcome.out.endswith("plan.json: legal\n")
     data = json.loads(placer("check", "plan.json", "--trace", "other.safetensors", *CLUSTER, "--json").out)
     assert len(data["warnings"]) == 1
 

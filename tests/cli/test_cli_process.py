@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,32 @@ def test_ctrl_c_while_solving(solver: str, work: Path) -> None:
     assert done.stderr.splitlines()[-1] == "placer: interrupted; nothing was left half-written"
     assert "Traceback" not in done.stderr
     assert names(work) == before
+
+
+def raising(error: BaseException, cause: BaseException | None = None) -> Callable[..., None]:
+    def stand_in(*arguments: object, **options: object) -> None:
+        raise error from cause
+
+    return stand_in
+
+
+def test_ctrl_c_comes_out_of_compiled_code_as_a_system_error(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted = raising(SystemError("returned a result with an exception set"), KeyboardInterrupt())
+    for stand_in in (interrupted, raising(KeyboardInterrupt())):
+        monkeypatch.setattr("placer.pipeline.solve", stand_in)
+        outcome = placer("solve", TRACE, "--cluster", "node4")
+        assert (outcome.code, outcome.out) == (130, "")
+        assert outcome.err == "placer: interrupted; nothing was left half-written\n"
+    monkeypatch.setattr("placer.pipeline.solve", raising(SystemError("a bug")))
+    with pytest.raises(SystemError, match="a bug"):
+        placer("solve", TRACE, "--cluster", "node4")
+
+
+def test_memory_that_runs_out_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("placer.pipeline.solve", raising(MemoryError()))
+    outcome = placer("solve", TRACE, "--cluster", "node4")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("placer: out of memory; use a smaller trace")
 
 
 def test_same_seed_same_bytes_in_another_process(work: Path) -> None:

@@ -154,7 +154,7 @@ def test_solve_without_output_prints_the_plan() -> None:
     data = run_json("solve", TRACE, *CLUSTER)
     assert data["plan"]["format"] == "placer-plan"
     Path("p.json").write_text(json.dumps(data["plan"]))
-    assert ok("check", "p.json", "--trace", TRACE, *CLUSTER) == "p.json: legal\n"
+    assert ok("check", "p.json", "--trace", TRACE, *CLUSTER).endswith("p.json: legal\n")
 
 
 @pytest.mark.parametrize("mode", ["per_expert", "per_rank", "per_node", "coherent", "allgather"])
@@ -230,7 +230,8 @@ def test_check_against_a_baseline() -> None:
     common = ("--trace", TRACE, *CLUSTER)
     assert placer("check", "plan.json", *common, "--baseline", "plan.json", "--max-regression", "0%").code == 0
     outcome = placer("check", "linear.json", *common, "--baseline", "lpt.json")
-    assert (outcome.code, outcome.out) == (7, "")
+    assert outcome.code == 7
+    assert "linear.json, judged on this trace" in outcome.out
     assert outcome.err.startswith("placer: par is ")
     assert "at most 2 % is allowed" in outcome.err
     outcome = placer("check", "linear.json", *common, "--baseline", "lpt.json", "--json")

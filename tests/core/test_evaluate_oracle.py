@@ -104,12 +104,16 @@ def test_times_are_closed_forms_of_each_batch(case: Case) -> None:
     tokens = np.arange(len(batch_T))
     assert set(found.iteration_us) == set(DISPATCH_MODES)
     for mode in DISPATCH_MODES:
-        totals = []
+        totals, serving, everyone_T = [], [], case.source_T
+        for layer, expert_TK in enumerate(case.expert_LTK):
+            home_T = everyone_T if mode == "coherent" else case.source_T
+            serving.append(assign_layer(case.plan, layer, expert_TK, home_T, tokens))
+            _, everyone_T = layer_traffic(serving[-1][1], mode, serving[-1][0], everyone_T, tokens * 0, 1)
         for batch in range(batch_T.max() + 1):
             pick = np.flatnonzero(batch_T == batch)
             location_T, total = case.source_T[pick], 0
             for layer in range(len(case.expert_LTK)):
-                slot_TK, slots = assign_layer(case.plan, layer, case.expert_LTK[layer], case.source_T, tokens)
+                slot_TK, slots = serving[layer]
                 zero_T = np.zeros(len(pick), dtype=np.int64)
                 traffic, location_T = layer_traffic(slots, mode, slot_TK[pick], location_T, zero_T, 1)
                 phases = closed_form_ns(case.cluster, case.model, traffic)
@@ -189,9 +193,10 @@ def test_a_profile_of_counts_shares_loads_as_the_plan_says(seed: int, ranks: int
 @given(case=cases())
 def test_counting_estimates_stay_in_range_with_replicas(case: Case) -> None:
     result = evaluate_profile(case.plan, count_profile(case))
-    assert 0 <= result.nodes_touched <= result.ranks_touched <= min(case.plan.num_ranks, case.expert_LTK.shape[2])
-    assert 1 - 1e-12 <= result.par <= result.par_max <= case.plan.num_ranks + 1e-12
-    assert -1e-12 <= result.kept <= 1 + 1e-12
+    most, close = min(case.plan.num_ranks, case.expert_LTK.shape[2]), 1e-9
+    assert 0 <= result.nodes_touched <= result.ranks_touched + close <= most + 2 * close
+    assert 1 - close <= result.par <= result.par_max + close <= case.plan.num_ranks + 2 * close
+    assert -close <= result.kept <= 1 + close
 
 
 def test_a_heavy_set_is_not_sent_to_one_replica_as_a_whole() -> None:

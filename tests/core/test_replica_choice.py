@@ -27,8 +27,9 @@ def unit_hash(token: int, expert: int) -> float:
 
 def visit_first(slots: LayerSlots, replicas: dict, expert_K: list[int], source: int, token: int) -> list[int]:
     visited = {slots.rank_P[replicas[e][0]] for e in expert_K if len(replicas.get(e, ())) == 1}
-    result = []
-    for expert in expert_K:
+    result = [-1] * len(expert_K)
+    for k in sorted(range(len(expert_K)), key=lambda k: expert_K[k]):
+        expert = expert_K[k]
         candidates = replicas.get(expert, [])
         if len(candidates) > 1:
             seen = [p for p in candidates if slots.rank_P[p] in visited]
@@ -41,7 +42,7 @@ def visit_first(slots: LayerSlots, replicas: dict, expert_K: list[int], source: 
             visited.add(slots.rank_P[chosen])
         else:
             chosen = candidates[0] if candidates else -1
-        result.append(chosen)
+        result[k] = chosen
     return result
 
 

@@ -32,7 +32,7 @@ def where_tokens_end(case: Case) -> np.ndarray:
     """The rank of each token's first expert in the last layer where it has one, else its source rank."""
     end_T = case.source_T.copy()
     for layer, expert_TK in enumerate(case.expert_LTK):
-        slot_TK, slots = assign_layer(case.plan, layer, expert_TK, case.source_T, np.arange(len(end_T)))
+        slot_TK, slots = assign_layer(case.plan, layer, expert_TK, end_T, np.arange(len(end_T)))
         for token, slot_K in enumerate(slot_TK):
             placed = slot_K[slot_K >= 0]
             if len(placed):
