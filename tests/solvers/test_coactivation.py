@@ -122,6 +122,26 @@ def test_what_cannot_be_solved_says_why() -> None:
         solve_coactivation(problem_of(trace_of(hot, 4), 2, max_par=1.5))
 
 
+def test_the_bound_is_no_reason_to_stop_before_the_cap_is_met() -> None:
+    """With k = 1 every placement touches one rank, so only the cap is left to work for."""
+    load = [144, 196, 144, 225, 36, 529, 4, 144, 64, 484, 484, 441]
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(12), load))
+    trace = trace_of(ids[None, :, None], 12)
+    solved = solve(trace, problem_of(trace, 4).cluster, max_par=1.04, solver="coactivation")
+    assert solved.evaluation.par <= 1.04
+
+
+def test_the_default_cap_is_never_a_reason_to_refuse() -> None:
+    """The best placement of these loads has PAR 1.19, which no bound shows."""
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(8), [200, 200, 200, 80, 80, 80, 80, 20]))
+    trace = trace_of(ids[None, :, None], 8)
+    solved = solve(trace, problem_of(trace, 4).cluster)
+    assert solved.evaluation.par > 1.10
+    assert any("default load cap is not met" in warning for warning in solved.warnings)
+    with pytest.raises(InfeasibleError):
+        solve(trace, problem_of(trace, 4).cluster, max_par=1.10)
+
+
 def test_draws_keep_the_mean_and_grow_with_the_spread() -> None:
     folds = np.random.default_rng(0).integers(50, 150, (32, 2, 6))
     load_LE = folds.sum(axis=0)

@@ -1,6 +1,7 @@
 """Joint replicas: the kernel's incremental costs against a slow reference, legality, gain over load-only replicas."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,25 @@ def test_joint_replicas_touch_fewer_ranks_than_replicas_for_load() -> None:
     touched = {name: evaluation.ranks_touched for name, evaluation in judged.items()}
     assert touched["replicated"] < touched["lpt"] - 0.1  # type: ignore[operator]
     assert touched["replicated"] < touched["coactivation"]  # type: ignore[operator]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_the_cap_holds_when_the_trace_is_replayed(seed: int) -> None:
+    """Up to the source ranks and the hash of each token, which a profile does not know."""
+    trace = random_trace(seed, experts=8, top_k=2, tokens=20_000)
+    cluster = problem_of(trace, 8).cluster
+    solved = solve(trace, cluster, redundant=8, solver="replicated", max_par=1.3)
+    assert solved.evaluation.par <= 1.3 + 0.03
+
+
+def test_ids_in_another_order_are_served_alike() -> None:
+    trace = random_trace(5, experts=8, top_k=3, tokens=2000)
+    ordered = replace(trace, expert_LTK=np.sort(trace.expert_LTK, axis=2), known_sha256="")
+    cluster = problem_of(trace, 4).cluster
+    plan = solve(trace, cluster, redundant=4, solver="lpt", max_par=None).plan
+    one, two = judge(plan, trace, cluster), judge(plan, ordered, cluster)
+    assert (one.ranks_touched, one.par) == (two.ranks_touched, two.par)
 
 
 def test_heavy_sets_are_split_without_losing_tokens() -> None:

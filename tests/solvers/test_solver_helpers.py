@@ -105,3 +105,10 @@ def test_auto_picks_by_mode_and_profile() -> None:
     assert choose_solver(counts_problem(np.ones((1, 6)), 3)) == "lpt"
     with pytest.raises(UsageError, match="use auto or one of"):
         run_solver("gurobi", problem_of(trace, 3))
+
+
+def test_baselines_are_not_relabelled_in_coherent_mode() -> None:
+    problem = problem_of(random_trace(0, experts=8, layers=3), 4, mode="coherent")
+    linear = run_solver("linear", problem).slot_expert_LP
+    assert linear is not None
+    assert (linear == np.arange(8)).all()
