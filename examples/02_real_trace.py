@@ -24,7 +24,7 @@ from placer.report.tables import DataTable, render
 from traces.hf_config import MODELS
 from traces.trace import RoutingTrace
 
-CAPS = (1.02, 1.035, 1.05, 1.10, 1.11, 1.15, 1.20, float("inf"))
+CAPS = (1.02, 1.03, 1.05, 1.10, 1.12, 1.15, 1.20, float("inf"))
 ROWS = [("linear", 1.10), ("eplb", 1.10), ("lpt", 1.10), *(("coactivation", cap) for cap in CAPS)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.config import cluster_names, load_cluster
@@ -59,12 +59,14 @@ def test_the_presets_that_the_design_names_are_there() -> None:
     assert load_cluster("gb200-nvl72").num_ranks == 72
 
 
+@settings(max_examples=60, deadline=None)
 @given(ranks=st.integers(1, 99_999))
 def test_node_n_is_one_node_of_n_ranks(ranks: int) -> None:
     cluster = load_cluster(f"node{ranks}")
     assert (cluster.name, cluster.nodes, cluster.ranks_per_node) == (f"node{ranks}", 1, ranks)
 
 
+@settings(max_examples=60, deadline=None)
 @given(nodes=st.integers(1, 99_999), ranks=st.integers(1, 99_999))
 def test_n_by_m_is_n_nodes_of_m_ranks(nodes: int, ranks: int) -> None:
     cluster = load_cluster(f"{nodes}x{ranks}")

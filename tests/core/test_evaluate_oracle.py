@@ -47,12 +47,15 @@ def judge(case: Case, **changes) -> Evaluation:
 
 
 def rank_of_pairs(case: Case) -> list[list[list[int]]]:
-    """[layer][token]: the ranks that serve its experts, with repeats."""
-    result = []
+    """[layer][token]: the ranks that serve its experts, with repeats; a token of `coherent` mode stays where it was."""
+    result: list[list[list[int]]] = []
+    home_T = case.source_T.copy()
     for layer in range(len(case.expert_LTK)):
         tokens = np.arange(case.expert_LTK.shape[1])
-        slot_TK, slots = assign_layer(case.plan, layer, case.expert_LTK[layer], case.source_T, tokens)
+        slot_TK, slots = assign_layer(case.plan, layer, case.expert_LTK[layer], home_T, tokens)
         result.append([[int(slots.rank_P[p]) for p in row if p >= 0] for row in slot_TK])
+        if case.plan.mode == "coherent":
+            home_T = np.array([visits[0] if visits else home for visits, home in zip(result[-1], home_T, strict=True)])
     return result
 
 
@@ -228,6 +231,7 @@ def test_a_layer_without_experts_is_balanced() -> None:
     assert par(np.array([3, 1, 0, 0])) == 3.0
 
 
+@settings(deadline=None)
 @given(tokens=st.integers(0, 60), window_tokens=st.integers(1, 20))
 def test_windows_are_whole_but_for_the_last(tokens: int, window_tokens: int) -> None:
     window_T, windows = window_index(tokens, window_tokens)

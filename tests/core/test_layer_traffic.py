@@ -169,6 +169,7 @@ def test_iterate_layers_carries_locations(case: Case) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 6).map(lambda n: n * 1000), min_size=1, max_size=30), ranks=st.integers(1, 4))
 def test_source_ranks_deal_requests_in_order_of_their_ids(ids: list[int], ranks: int) -> None:
     source_T = source_ranks(np.array(ids, dtype=np.int32), ranks)
