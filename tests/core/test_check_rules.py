@@ -146,6 +146,7 @@ def shares(**changes: float) -> np.ndarray:
     ("share_LP", "text"),
     [
         (shares(p0=0.7), "shares of expert 5 add up to 1.2000"),
+        (shares(p0=0.502), "shares of expert 5 add up to 1.0020"),
         (shares(p2=0.0), "shares of expert 3 add up to 0.0000"),
         (shares(p0=-0.5, p6=1.5), "negative or not a number"),
         (shares(p0=np.nan), "negative or not a number"),

@@ -86,6 +86,12 @@ def test_the_file_is_json_with_a_line_for_each_layer(tmp_path: Path) -> None:
     assert list(data) == list(saved(tmp_path, seed=8)), "the order of fields does not depend on their values"
 
 
+def test_shares_are_written_with_six_decimals(tmp_path: Path) -> None:
+    """More would make two plans of one placement differ in digits that no engine sees."""
+    data = saved(tmp_path, replica_share_LP=np.full((2, 8), 1 / 3))
+    assert data["replica_share_LP"] == [[0.333333] * 8] * 2
+
+
 def test_equal_hashes_in_another_order_give_equal_bytes() -> None:
     one, other = toy_plan(hashes={"a": "1", "b": "2"}), toy_plan(hashes={"b": "2", "a": "1"})
     assert one.to_json() == other.to_json()
