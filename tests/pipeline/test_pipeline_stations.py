@@ -68,7 +68,8 @@ def linear(trace: RoutingTrace, **options: Any) -> Any:
 
 def test_solve_hands_on_the_problem_that_it_solved(trace: RoutingTrace) -> None:
     settings = SolveSettings(replica_choice="token_hash", batch_tokens=128)
-    solved = solve(trace, NODE4, redundant=4, max_par=1.5, seed=3, mode="per_node", solve_settings=settings)
+    options = {"redundant": 4, "max_par": 1.5, "seed": 3, "mode": "per_node", "solver": "lpt"}
+    solved = solve(trace, NODE4, solve_settings=settings, **options)
     assert solved.problem.hashes() == solved.plan.hashes
     assert solved.plan.hashes["trace"] == trace.sha256
     assert (solved.problem.redundant, solved.problem.max_par, solved.problem.batch_tokens) == (4, 1.5, 128)
