@@ -25,7 +25,7 @@ from solvers.frontier import Candidate, cheapest_under_caps, implied_price
 from solvers.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 
-__all__ = ["capacity_bound", "node_price", "solve_coactivation"]
+__all__ = ["capacity_bound", "node_price", "solve_coactivation", "touch_objective"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -97,8 +97,7 @@ def solve_coactivation(
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     floor = float(np.mean([pool[0].par for pool in pools]))
     cap = max(cap_seen, floor + NEAR_FLOOR)
-    node_slots = problem.slots_per_rank * cluster.ranks_per_node
-    bound = capacity_bound(problem, problem.slots_per_rank) + node_weight * capacity_bound(problem, node_slots)
+    objective_name, bound = touch_objective(problem)
     stopped_by: StoppedBy = "effort"
     prices = list(SCAN_PRICES) if np.isfinite(cap) else []
     total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
@@ -135,7 +134,7 @@ def solve_coactivation(
         status="solved",
         stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
         slot_expert_LP=slots_of_ranks(rank_LE, ranks),
-        objective_name="ranks_touched" if node_weight == 0 else f"ranks_touched + {node_weight:.3g} * nodes_touched",
+        objective_name=objective_name,
         objective=objective,
         bound=bound,
         bound_by="capacity: ceil(k / slots)",
@@ -153,6 +152,15 @@ def capacity_bound(problem: PlacementProblem, slots: int) -> float:
         least = -(-size_H // slots)
         per_layer.append(float((least * weight).sum() / max(1, weight.sum())))
     return float(np.mean(per_layer))
+
+
+def touch_objective(problem: PlacementProblem) -> tuple[str, float]:
+    """Name of what both touching solvers minimise, and a lower bound on it."""
+    weight = node_price(problem)
+    name = "ranks_touched" if weight == 0 else f"ranks_touched + {weight:.3g} * nodes_touched"
+    on_ranks = capacity_bound(problem, problem.slots_per_rank)
+    on_nodes = capacity_bound(problem, problem.slots_per_rank * problem.cluster.ranks_per_node)
+    return name, on_ranks + weight * on_nodes
 
 
 def node_price(problem: PlacementProblem) -> float:

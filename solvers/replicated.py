@@ -20,7 +20,7 @@ from placer.core.problem import PlacementProblem
 from placer.core.replicas import layer_slots, serve_sets, served_share
 from solvers.anneal import incidence
 from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
-from solvers.coactivation import capacity_bound, node_price
+from solvers.coactivation import node_price, touch_objective
 from solvers.frontier import Candidate, cheapest_under_caps
 from solvers.lpt import lpt_slots
 from solvers.replica_anneal import MAX_RANKS, anneal_replicas
@@ -135,15 +135,13 @@ def solve_replicated(
                 progress(step * len(layers) + layer + 1, len(prices) * len(layers))
     chosen = cheapest_under_caps(pools, cap, cap_seen)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
-    node_weight = layers[0].node_weight
-    node_slots = problem.slots_per_rank * cluster.ranks_per_node
-    bound = capacity_bound(problem, problem.slots_per_rank) + node_weight * capacity_bound(problem, node_slots)
+    objective_name, bound = touch_objective(problem)
     return SolveResult(
         solver="replicated",
         status="solved",
         stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
         slot_expert_LP=np.stack([candidate.placement for candidate in chosen]),
-        objective_name="ranks_touched" if node_weight == 0 else f"ranks_touched + {node_weight:.3g} * nodes_touched",
+        objective_name=objective_name,
         objective=objective,
         bound=bound,
         bound_by="capacity: ceil(k / slots)",

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from placer.cli.common import (
     warn,
 )
 from placer.cli.plans import PlanArgument
+
+if TYPE_CHECKING:
+    from placer.core.timeline import Timeline
 
 __all__ = ["register"]
 
@@ -135,7 +138,7 @@ def compare(
     emit(as_json, comparison.to_dict(), comparison_tables(comparison))
 
 
-def _finish(timelines: list, names: list[str], output: Path, chrome: Path | None, as_json: bool) -> None:  # type: ignore[type-arg]
+def _finish(timelines: "list[Timeline]", names: list[str], output: Path, chrome: Path | None, as_json: bool) -> None:
     from placer.report.chrome import write_chrome_trace
     from placer.report.compare import compare as compare_timelines
     from placer.report.compare import comparison_tables
@@ -147,7 +150,11 @@ def _finish(timelines: list, names: list[str], output: Path, chrome: Path | None
         timeline.save(path)
     if chrome is not None:
         write_chrome_trace(chrome, timelines, names)
-    data = {"output": str(output), "chrome": None if chrome is None else str(chrome), "about": timelines[0].about}
+    data: dict[str, Any] = {
+        "output": str(output),
+        "chrome": None if chrome is None else str(chrome),
+        "about": timelines[0].about,
+    }
     data["timelines"] = [asdict(summary) for summary in comparison.timelines]
     data["errors"] = [asdict(error) for error in comparison.errors]
     emit(

@@ -121,7 +121,7 @@ def evaluate(
         slot_TK, slots = at_home
         for mode in wanted:
             serving = at_home
-            if mode == "coherent":
+            if mode == "coherent" and (at_home[1].count_E > 1).any():
                 serving = assign_layer(plan, layer, expert_LTK[layer], location[mode], token_T)
             if mode == plan.mode:
                 slot_TK, slots = serving
