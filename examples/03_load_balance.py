@@ -15,9 +15,9 @@ import numpy as np
 from rich.console import Console
 
 from placer.report.tables import DataTable, render
-from solvers.eplb import eplb_slots
-from solvers.load import max_load_bound, mean_par, rank_load_LR
-from solvers.lpt import lpt_slots
+from solvers.balance.eplb import eplb_slots
+from solvers.balance.load import max_load_bound, mean_par, rank_load_LR
+from solvers.balance.lpt import lpt_slots
 from traces.counts import LoadCounts
 from traces.readers import read_any
 

@@ -28,31 +28,31 @@ class SolverInfo:
 
 SOLVERS: dict[str, SolverInfo] = {
     "linear": SolverInfo(
-        "solvers.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)", align=False
+        "solvers.balance.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)", align=False
     ),
-    "round_robin": SolverInfo("solvers.simple", "solve_round_robin", "expert e on rank e mod R", align=False),
-    "eplb": SolverInfo("solvers.eplb", "solve_eplb", "DeepSeek's EPLB rules, global", align=False),
+    "round_robin": SolverInfo("solvers.balance.simple", "solve_round_robin", "expert e on rank e mod R", align=False),
+    "eplb": SolverInfo("solvers.balance.eplb", "solve_eplb", "DeepSeek's EPLB rules, global", align=False),
     "eplb_hierarchical": SolverInfo(
-        "solvers.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first", align=False
+        "solvers.balance.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first", align=False
     ),
-    "lpt": SolverInfo("solvers.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
+    "lpt": SolverInfo("solvers.balance.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
     "coactivation": SolverInfo(
-        "solvers.coactivation",
+        "solvers.touch.coactivation",
         "solve_coactivation",
         "few ranks touched under a load cap, no replicas",
         ("seed", "time_limit_s", "gap", "start_LP", "progress"),
     ),
     "replicated": SolverInfo(
-        "solvers.replicated",
+        "solvers.touch.replicated",
         "solve_replicated",
         "few ranks touched under a load cap, replicas placed jointly (at most 64 ranks)",
         ("seed", "time_limit_s", "start_LP", "progress"),
     ),
     "moetuner": SolverInfo(
-        "solvers.moetuner", "solve_moetuner", "MoETuner's two ILPs (small models)", ("time_limit_s",)
+        "solvers.papers.moetuner", "solve_moetuner", "MoETuner's two ILPs (small models)", ("time_limit_s",)
     ),
     "cpsat": SolverInfo(
-        "solvers.cpsat", "solve_cpsat", "exact ranks touched by CP-SAT (small models)", ("seed", "time_limit_s")
+        "solvers.exact.cpsat", "solve_cpsat", "exact ranks touched by CP-SAT (small models)", ("seed", "time_limit_s")
     ),
 }
 
@@ -91,7 +91,7 @@ def run_solver(
     result: SolveResult = solve(problem, **{key: given[key] for key in info.takes})
     transitions = problem.profile.transition_LEE
     if problem.mode == "coherent" and info.align and result.slot_expert_LP is not None and transitions is not None:
-        align_ranks = import_module("solvers.relabel").align_ranks
+        align_ranks = import_module("solvers.affinity.relabel").align_ranks
         aligned = align_ranks(result.slot_expert_LP, transitions, problem.cluster.num_ranks)
         if result.replica_share_LP is None:
             result = replace(result, slot_expert_LP=aligned)

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from placer.core.certificates import Certificate
+
 __all__ = ["SolveResult", "Status", "StoppedBy"]
 
 Status = Literal["solved", "infeasible", "error"]
@@ -21,7 +23,8 @@ class SolveResult:
 
     `slot_expert_LP` int64 (layers, slots), contiguous blocks of slots per rank; None where `status` is not "solved".
     `objective` and `bound` are in the unit `objective_name` says (lower is better; bound <= every feasible objective).
-    `replica_share_LP` as in placer.core.Plan. `seconds` is wall time, reported but never written to a plan.
+    `replica_share_LP` as in placer.core.Plan. `certificate` proves `bound` to anybody (None: the argument is closed-form
+    or inside a back end, see `bound_by`). `trail`: who improved what, in order. `seconds` is wall time, reported but never written to a plan.
     """
 
     solver: str
@@ -35,6 +38,8 @@ class SolveResult:
     bound_by: str = ""
     seconds: float = 0.0
     message: str = ""
+    certificate: Certificate | None = None
+    trail: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float | None:

@@ -16,7 +16,7 @@ from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
 from placer.pipeline.sources import Progress, Source, profile_of, sources_of, warn_mismatch
-from solvers.load import par_bound
+from solvers.balance.load import par_bound
 from solvers.registry import SOLVERS, run_solver
 from solvers.result import SolveResult
 from traces.trace import RoutingTrace

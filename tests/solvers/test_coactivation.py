@@ -15,10 +15,10 @@ from placer.core.errors import InfeasibleError, UsageError
 from placer.core.evaluate import evaluate
 from placer.core.problem import PlacementProblem
 from placer.pipeline import judge, make_plan, solve
-from solvers.anneal import touched
-from solvers.caps import load_draws
-from solvers.coactivation import capacity_bound, solve_coactivation
 from solvers.result import SolveResult
+from solvers.touch.anneal import touched
+from solvers.touch.caps import load_draws
+from solvers.touch.coactivation import capacity_bound, solve_coactivation
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from solver_problems import counts_problem, every_assignment
 
 from placer.core.errors import InfeasibleError
-from solvers.eplb import eplb_slots, pack_balanced, replicate, solve_eplb_hierarchical
-from solvers.load import max_load_bound, mean_par, rank_load_LR
-from solvers.lpt import lpt_slots, solve_lpt
-from solvers.simple import solve_linear, solve_round_robin
+from solvers.balance.eplb import eplb_slots, pack_balanced, replicate, solve_eplb_hierarchical
+from solvers.balance.load import max_load_bound, mean_par, rank_load_LR
+from solvers.balance.lpt import lpt_slots, solve_lpt
+from solvers.balance.simple import solve_linear, solve_round_robin
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 loads = st.lists(st.integers(0, 1000), min_size=6, max_size=6)

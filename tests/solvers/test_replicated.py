@@ -13,8 +13,8 @@ from placer.core.check import check
 from placer.core.errors import UsageError
 from placer.core.evaluate import Evaluation
 from placer.pipeline import judge, make_plan, solve
-from solvers.replica_anneal import serve_sets
-from solvers.replicated import solve_replicated
+from solvers.touch.replica_anneal import serve_sets
+from solvers.touch.replicated import solve_replicated
 
 
 def least_ranks(expert_K: np.ndarray, held_RC: np.ndarray) -> int:

@@ -11,9 +11,9 @@ from solver_problems import counts_problem, problem_of, random_trace
 from placer.core.check import check
 from placer.core.errors import UsageError
 from placer.pipeline import BASELINES, make_plan
-from solvers.frontier import Candidate, cheapest_under_cap, cheapest_under_caps
+from solvers.affinity.relabel import align_ranks
 from solvers.registry import SOLVERS, choose_solver, run_solver
-from solvers.relabel import align_ranks
+from solvers.touch.frontier import Candidate, cheapest_under_cap, cheapest_under_caps
 
 figures = st.tuples(st.floats(1, 4), st.floats(1, 2))
 pools_of = st.lists(st.lists(figures, min_size=1, max_size=4), min_size=1, max_size=4)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from placer.core.errors import UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers import cpsat, isolate
-from solvers.cpsat import solve_cpsat
-from solvers.cpsat_model import search_layers
+from solvers.exact import cpsat, isolate
+from solvers.exact.cpsat import solve_cpsat
+from solvers.exact.cpsat_model import search_layers
 from solvers.result import SolveResult
 
 EXPERTS = 6

@@ -11,8 +11,8 @@ import isolated_functions
 import pytest
 
 from placer.core.errors import InfeasibleError, SolverError, UsageError
-from solvers import isolate
-from solvers.isolate import IsolationTimeoutError, run_isolated
+from solvers.exact import isolate
+from solvers.exact.isolate import IsolationTimeoutError, run_isolated
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,8 @@ def test_a_crash_takes_the_programs_it_started_along(tmp_path: Path) -> None:
 def test_no_orphan_survives_the_parent(ending: signal.Signals, tmp_path: Path) -> None:
     note = tmp_path / "pids"
     script = (
-        "import sys; sys.path[:0] = sys.argv[2:]; import isolated_functions; from solvers.isolate import run_isolated; "
+        "import sys; sys.path[:0] = sys.argv[2:]; import isolated_functions; "
+        "from solvers.exact.isolate import run_isolated; "
         "run_isolated(isolated_functions.start_grandchild_and_sleep, (sys.argv[1],), time_limit_s=300)"
     )
     paths = [str(Path(__file__).resolve().parent), str(REPOSITORY)]
@@ -137,7 +138,7 @@ def test_a_script_without_a_main_guard_may_solve(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = [{str(Path(__file__).resolve().parent)!r}, {str(REPOSITORY)!r}]\n"
-        "from isolated_functions import add\nfrom solvers.isolate import run_isolated\n"
+        "from isolated_functions import add\nfrom solvers.exact.isolate import run_isolated\n"
         "print(run_isolated(add, (1, 2), time_limit_s=30))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
@@ -168,7 +169,7 @@ def test_both_back_ends_load_and_solve_in_one_process(order: str) -> None:
 
 def test_importing_the_solvers_loads_no_back_end() -> None:
     script = (
-        "import sys, solvers.isolate, solvers.cpsat, solvers.moetuner\n"
+        "import sys, solvers.exact.isolate, solvers.exact.cpsat, solvers.papers.moetuner\n"
         "sys.exit(bool({'ortools', 'pulp', 'highspy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

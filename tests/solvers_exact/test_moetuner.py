@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from placer.core.errors import DependencyError, UsageError
 from placer.core.plan import canonical_slots
-from solvers import isolate, moetuner, pulp_run
-from solvers.moetuner import Settings, assign_ranks, cluster_layer, pair_gbytes_RR, solve_moetuner
+from solvers.exact import isolate, pulp_run
+from solvers.papers import moetuner
+from solvers.papers.moetuner import Settings, assign_ranks, cluster_layer, pair_gbytes_RR, solve_moetuner
 
 BACKENDS = ["highs", "cbc"]
 

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from placer.core.errors import InfeasibleError
 from placer.core.problem import PlacementProblem
-from solvers.frontier import Candidate
-from solvers.load import par_bound
+from solvers.balance.load import par_bound
+from solvers.touch.frontier import Candidate
 
 __all__ = ["JUDGE_DRAWS", "JUDGE_SPREAD", "NEAR_FLOOR", "load_draws", "promise", "refuse_impossible_cap"]
 

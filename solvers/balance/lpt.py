@@ -12,8 +12,8 @@ from numba import njit
 from placer.core.errors import InfeasibleError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers.eplb import replicate
-from solvers.load import load_result, max_load_bound
+from solvers.balance.eplb import replicate
+from solvers.balance.load import load_result, max_load_bound
 from solvers.result import SolveResult
 
 __all__ = ["lpt_slots", "solve_lpt"]

@@ -7,7 +7,7 @@ import numpy as np
 
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers.load import load_result
+from solvers.balance.load import load_result
 from solvers.result import SolveResult
 
 __all__ = ["solve_linear", "solve_round_robin"]

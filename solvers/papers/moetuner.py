@@ -22,8 +22,8 @@ from placer.core.cluster import ClusterSpec
 from placer.core.errors import SolverError, UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers.isolate import IsolationTimeoutError, run_isolated
-from solvers.pulp_run import Backend, State, run_program, value_of
+from solvers.exact.isolate import IsolationTimeoutError, run_isolated
+from solvers.exact.pulp_run import Backend, State, run_program, value_of
 from solvers.result import SolveResult, StoppedBy
 
 __all__ = ["Settings", "Stage", "assign_ranks", "cluster_layer", "pair_gbytes_RR", "solve_moetuner"]

@@ -12,8 +12,8 @@ import numpy as np
 from placer.core.errors import SolverError, UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers.cpsat_model import CpsatAnswer, LayerModel, search_layers
-from solvers.isolate import IsolationTimeoutError, run_isolated
+from solvers.exact.cpsat_model import CpsatAnswer, LayerModel, search_layers
+from solvers.exact.isolate import IsolationTimeoutError, run_isolated
 from solvers.result import SolveResult, Status, StoppedBy
 
 __all__ = ["solve_cpsat"]

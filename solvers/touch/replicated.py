@@ -18,13 +18,13 @@ from placer.core.evaluate_profile import distinct
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.replicas import layer_slots, serve_sets, served_share
-from solvers.anneal import incidence
-from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
-from solvers.coactivation import node_price, touch_objective
-from solvers.frontier import Candidate, cheapest_under_caps
-from solvers.lpt import lpt_slots
-from solvers.replica_anneal import MAX_RANKS, anneal_replicas
+from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
+from solvers.touch.anneal import incidence
+from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
+from solvers.touch.coactivation import node_price, touch_objective
+from solvers.touch.frontier import Candidate, cheapest_under_caps
+from solvers.touch.replica_anneal import MAX_RANKS, anneal_replicas
 
 __all__ = ["solve_replicated"]
 

@@ -15,7 +15,7 @@ from numba import njit
 
 from placer.core.errors import InfeasibleError
 from placer.core.problem import PlacementProblem
-from solvers.load import load_result
+from solvers.balance.load import load_result
 from solvers.result import SolveResult
 
 __all__ = ["eplb_slots", "pack_balanced", "replicate", "solve_eplb", "solve_eplb_hierarchical"]

@@ -19,11 +19,11 @@ from placer.core.evaluate import par
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
-from solvers.anneal import anneal_layer, incidence, pair_weights, touched
-from solvers.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
-from solvers.frontier import Candidate, cheapest_under_caps, implied_price
-from solvers.lpt import lpt_slots
+from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
+from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
+from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
+from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_price
 
 __all__ = ["capacity_bound", "node_price", "solve_coactivation", "touch_objective"]
 

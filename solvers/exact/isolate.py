@@ -34,7 +34,7 @@ GRACE_S = 5.0
 START_CHILD = (
     "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); "
     "sys.path[:] = json.loads((folder / 'path.json').read_text()); "
-    "from solvers.isolate import _child; _child(folder)"
+    "from solvers.exact.isolate import _child; _child(folder)"
 )
 
 

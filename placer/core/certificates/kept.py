@@ -1,0 +1,126 @@
+"""Bound on the cut of affinity: how few transitions between consecutive layers can change rank (and node).
+
+For one pair of layers let s_ij = 1 where expert i of layer l and expert j of layer l + 1 share a group (a rank, or a
+node); w_ij counts the tokens that go from i to j. With G groups of C experts each, S = (s_ij) satisfies
+
+    every row and column of S sums to C; 0 <= s <= 1
+    S = X Y^T for group indicators X, Y: it has exactly G singular values, all C, one of them on the all-ones vectors
+    the partners of i in layer l + 1 are all of its group's experts there, so (ranks only)
+        PAR of layer l + 1 >= sum_j p_j s_ij for every i, and PAR of layer l >= sum_i p_i s_ij for every j,
+        p = load of an expert over the mean rank load of its layer
+
+For any u, v, any matrix Z ("split"), any mu, nu >= 0 and any price >= the sum of the multipliers of every layer:
+
+    sum_ij w_ij s_ij <= sum_ij max(0, w - Z - u_i - v_j - mu_i p_j - nu_j p_i) + C (sum u + sum v)
+                        + sum(Z) / G + C * (sum of the G - 1 largest singular values of the centred Z)
+                        + price * (L cap) - sum over layers of (price - its multipliers) * 1
+    where sum over layers of PAR <= L cap, and PAR >= 1.
+
+u, v alone are the duals of the b-matching (exact at C = 1); Z = w alone is the spectral bound; both together the
+nuclear + box bound; mu, nu, price the load-aware Lagrangian. With redundant slots (S slots a rank, D of them redundant
+in a layer) an expert with n replicas has at most n S partners: then u, v >= 0, no Z, mu, nu, and C sum u becomes
+S (sum u + D max u).
+
+Arrays: rank_u_LE, rank_v_LE, mu_LE, nu_LE (L - 1, E), rank_split_LEE (L - 1, E, E); node_u_LE, node_v_LE,
+node_split_LEE likewise. Numbers: price (transitions per unit of PAR), node_weight.
+Objective: share of transitions that change rank + node_weight * share that change node.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.core.certificates.read import FloatArray, multiplier, number
+from placer.core.errors import UsageError, ViolationError
+from placer.core.problem import PlacementProblem
+
+__all__ = ["kept_bound"]
+
+ROUNDING = 1e-10
+
+
+def kept_bound(
+    problem: PlacementProblem, arrays: Mapping[str, npt.NDArray[np.float64]], numbers: Mapping[str, float]
+) -> float:
+    """Least cut (share of transitions that change rank, + node_weight * node) that the multipliers prove."""
+    profile, cluster = problem.profile, problem.cluster
+    if profile.transition_LEE is None or not profile.transition_LEE.sum():
+        raise UsageError("the profile has no transitions between layers; a bound on them says nothing")
+    if problem.allow_empty_slots:
+        raise UsageError("the bound on the cut is for equal slots per rank; this problem allows empty ones")
+    flow_LEE = profile.transition_LEE.astype(np.float64)
+    total = float(flow_LEE.sum())
+    pairs, experts = flow_LEE.shape[:2]
+    price, node_weight = number(numbers, "price"), number(numbers, "node_weight")
+    mu_LE = multiplier(arrays, "mu_LE", (pairs, experts), sign=True)
+    nu_LE = multiplier(arrays, "nu_LE", (pairs, experts), sign=True)
+    kept = _level(problem, arrays, "rank", cluster.num_ranks, flow_LEE - _load_charge(problem, mu_LE, nu_LE))
+    kept += _load_terms(problem, mu_LE, nu_LE, price)
+    cut = (total - min(kept + ROUNDING * total, total)) / total
+    if node_weight > 0:
+        kept_node = _level(problem, arrays, "node", cluster.nodes, flow_LEE)
+        cut += node_weight * (total - min(kept_node + ROUNDING * total, total)) / total
+    return cut
+
+
+def _level(
+    problem: PlacementProblem,
+    arrays: Mapping[str, npt.NDArray[np.float64]],
+    level: str,
+    groups: int,
+    flow_LEE: FloatArray,
+) -> float:
+    """Upper bound on the flow inside groups, all pairs of layers together."""
+    pairs, experts = flow_LEE.shape[:2]
+    redundant = problem.redundant
+    u_LE = multiplier(arrays, f"{level}_u_LE", (pairs, experts), sign=redundant > 0)
+    v_LE = multiplier(arrays, f"{level}_v_LE", (pairs, experts), sign=redundant > 0)
+    split_LEE = arrays.get(f"{level}_split_LEE")
+    capacity = problem.num_slots // groups
+    kept = capacity * float(u_LE.sum() + v_LE.sum())
+    if redundant:
+        kept += capacity * redundant * float(u_LE.max(axis=1).sum() + v_LE.max(axis=1).sum())
+        if split_LEE is not None:
+            raise ViolationError(f"certificate array {level}_split_LEE needs a placement without redundant slots")
+    if split_LEE is not None and split_LEE.shape != flow_LEE.shape:
+        raise ViolationError(f"certificate array {level}_split_LEE is {split_LEE.shape}; needs {flow_LEE.shape}")
+    for row in range(pairs):
+        rest = flow_LEE[row] - u_LE[row][:, None] - v_LE[row][None, :]
+        if split_LEE is not None:
+            split = split_LEE[row].astype(np.float64)
+            rest -= split
+            centred = split - split.mean(axis=0) - split.mean(axis=1)[:, None] + split.mean()
+            singular = np.linalg.svd(centred, compute_uv=False)
+            kept += float(split.sum()) / groups + capacity * float(singular[: groups - 1].sum())
+        kept += float(np.maximum(rest, 0.0).sum())
+    return kept
+
+
+def _shares(problem: PlacementProblem) -> FloatArray:
+    """Load of each expert over the mean rank load of its layer, (L, E)."""
+    load_LE = problem.profile.load_LE.astype(np.float64)
+    return load_LE * problem.cluster.num_ranks / np.maximum(1.0, load_LE.sum(axis=1, keepdims=True))
+
+
+def _load_charge(problem: PlacementProblem, mu_LE: FloatArray, nu_LE: FloatArray) -> FloatArray:
+    """What the load multipliers take from each pair's flow, (L - 1, E, E)."""
+    share_LE = _shares(problem)
+    charge: FloatArray = mu_LE[:, :, None] * share_LE[1:, None, :] + share_LE[:-1, :, None] * nu_LE[:, None, :]
+    return charge
+
+
+def _load_terms(problem: PlacementProblem, mu_LE: FloatArray, nu_LE: FloatArray, price: float) -> float:
+    """price * (L cap - the PAR that is not used up), after the signs have been looked at."""
+    used_L = np.zeros(len(mu_LE) + 1)
+    used_L[1:] += mu_LE.sum(axis=1)
+    used_L[:-1] += nu_LE.sum(axis=1)
+    if not used_L.any():
+        return 0.0
+    if problem.max_par is None or problem.redundant:
+        raise ViolationError("certificate arrays mu_LE, nu_LE need a load cap and a placement without redundant slots")
+    if (used_L > price * (1 + ROUNDING)).any():
+        raise ViolationError(
+            f"certificate number price is {price:g}, but a layer's multipliers add up to {used_L.max():g}"
+        )
+    return price * len(used_L) * problem.max_par - float((price - used_L).clip(min=0.0).sum())

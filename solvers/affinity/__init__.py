@@ -1,0 +1,1 @@
+"""Tokens that stay where they are: experts of consecutive layers on one rank, for `coherent` dispatch."""

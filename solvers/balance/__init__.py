@@ -1,0 +1,1 @@
+"""Load balance alone: engines' start maps, EPLB's rules, LPT with swaps."""
