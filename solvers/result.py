@@ -23,8 +23,9 @@ class SolveResult:
 
     `slot_expert_LP` int64 (layers, slots), contiguous blocks of slots per rank; None where `status` is not "solved".
     `objective` and `bound` are in the unit `objective_name` says (lower is better; bound <= every feasible objective).
-    `replica_share_LP` as in placer.core.Plan. `certificate` proves `bound` to anybody (None: the argument is closed-form
-    or inside a back end, see `bound_by`). `trail`: who improved what, in order. `seconds` is wall time, reported but never written to a plan.
+    `replica_share_LP` as in placer.core.Plan. `certificate` proves `bound` to anybody (None: a closed form, or inside a
+    back end; `bound_by` says which). `trail` says who improved what, in order. `seconds` is wall time, reported but
+    never written to a plan.
     """
 
     solver: str
