@@ -1,11 +1,12 @@
 """Certificate: multipliers from which anybody can recompute a lower bound on every legal plan's objective.
 
-Three kinds. Each is the dual of a relaxation, so ANY multipliers of the right sign give a valid bound; good ones a good
+Four kinds. Each is the dual of a relaxation, so ANY multipliers of the right sign give a valid bound; good ones a good
 bound. Verification is arithmetic on the profile's counts, with numpy alone.
 
     par       max / mean rank load                                  `par.py`
     kept      affinity: the share of transitions cut                `kept.py`
     touched   co-activation: ranks (and nodes) touched per token    `touched.py`
+    blocks    the same for few experts: every block of experts      `blocks.py`
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from placer.core.certificates.blocks import blocks_bound
 from placer.core.certificates.kept import kept_bound
 from placer.core.certificates.par import par_bound
 from placer.core.certificates.touched import touched_bound
@@ -22,7 +24,7 @@ from placer.core.problem import PlacementProblem
 
 __all__ = ["Certificate", "verify"]
 
-CertificateKind = Literal["par", "kept", "touched"]
+CertificateKind = Literal["par", "kept", "touched", "blocks"]
 TOLERANCE = 1e-9
 
 
@@ -50,7 +52,7 @@ def verify(problem: PlacementProblem, certificate: Certificate) -> float:
     `certificate.bound` claims (beyond a relative 1e-9); UsageError for a kind that is not known or a profile without
     the counts it speaks about. Cost O(L E^3) at most, for eigenvalues.
     """
-    bounds = {"par": par_bound, "kept": kept_bound, "touched": touched_bound}
+    bounds = {"par": par_bound, "kept": kept_bound, "touched": touched_bound, "blocks": blocks_bound}
     if certificate.kind not in bounds:
         raise UsageError(f"certificate.kind is {certificate.kind!r}; known kinds are {', '.join(bounds)}")
     for name, array in certificate.arrays.items():
