@@ -18,7 +18,8 @@ class PlacementProblem:
     """Where may the experts of `profile.model` live on `cluster`, and how will tokens reach them.
 
     `redundant` slots beyond E are filled with replicas. `max_par` caps PAR, the mean over
-    layers of max / mean rank load (None: no cap).
+    layers of max / mean rank load (None: no cap). `max_window_par` caps the same in windows of the profile, mean over
+    windows and layers: what an iteration waits for.
     `batch_tokens` is the number of tokens in one iteration over the whole cluster, for predicted times.
     `allow_empty_slots` admits plans with unequal experts per rank, which engines refuse.
     """
@@ -28,6 +29,7 @@ class PlacementProblem:
     mode: DispatchMode = "per_rank"
     redundant: int = 0
     max_par: float | None = None
+    max_window_par: float | None = None
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
     allow_empty_slots: bool = False
@@ -41,8 +43,10 @@ class PlacementProblem:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value!r}; give {least} or more")
-        if self.max_par is not None and not self.max_par >= 1.0:
-            raise UsageError(f"max_par is {self.max_par}; max / mean load cannot be below 1.0")
+        for name in ("max_par", "max_window_par"):
+            cap = getattr(self, name)
+            if cap is not None and not cap >= 1.0:
+                raise UsageError(f"{name} is {cap}; max / mean load cannot be below 1.0")
         model, ranks = self.profile.model, self.cluster.num_ranks
         if not model.is_uniform:
             raise InfeasibleError(
@@ -81,7 +85,8 @@ class PlacementProblem:
 
     def limits(self) -> dict[str, Any]:
         """The part of the problem that is neither trace, model nor cluster."""
-        return {
+        windows = {} if self.max_window_par is None else {"max_window_par": self.max_window_par}
+        return windows | {
             "mode": self.mode,
             "redundant": self.redundant,
             "max_par": self.max_par,

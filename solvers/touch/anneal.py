@@ -111,32 +111,55 @@ def _counts(
 
 
 @njit(cache=True)
+def _busiest(load_RB: FloatArray, top_3B: IntArray) -> None:  # pragma: no cover - compiled
+    """Fills top_3B with the busiest ranks of each draw, busiest first."""
+    places = len(top_3B)
+    for b in range(load_RB.shape[1]):
+        found = 0
+        for rank in range(len(load_RB)):
+            at = found
+            while at > 0 and load_RB[top_3B[at - 1, b], b] < load_RB[rank, b]:
+                if at < places:
+                    top_3B[at, b] = top_3B[at - 1, b]
+                at -= 1
+            if at < places:
+                top_3B[at, b] = rank
+                found = min(places, found + 1)
+
+
+@njit(cache=True)
 def anneal_layer(
     rank_E: IntArray,
     node_R: IntArray,
     draw_EB: FloatArray,
+    price_B: FloatArray,
     expert_HK: npt.NDArray[np.int16],
     weight_H: IntArray,
     first_E: IntArray,
     set_I: npt.NDArray[np.int32],
     pair_EE: FloatArray,
     node_weight: float,
-    par_weight: float,
+    pair_value: float,
     steps: int,
     hot: float,
     cold: float,
     rng: np.random.Generator,
 ) -> tuple[IntArray, float]:  # pragma: no cover - compiled
-    """Best assignment found and its cost: ranks touched + node_weight * nodes touched + par_weight * PAR.
+    """Best assignment found and its cost: ranks touched + node_weight * nodes touched + sum over draws of price * PAR.
 
-    PAR is the mean over the B draws of max / mean rank load. Exchanges of two experts on different ranks, Metropolis
-    acceptance, temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
+    PAR of a draw is its max / mean rank load. Exchanges of two experts on different ranks, Metropolis acceptance,
+    temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
+    With a `pair_value` above 0 the sets are not looked at: two experts of one token that are together are taken to save
+    it that many ranks (nodes are left out too); a step then costs O(R B), which is how large layers are started.
     """
     experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
     rank_E = rank_E.copy()
     node_E = node_R[rank_E]
     nodes = int(node_R.max()) + 1
-    count_HR = _counts(expert_HK, rank_E, ranks)
+    exact = pair_value <= 0
+    if not exact:
+        node_weight = 0.0
+    count_HR = _counts(expert_HK, rank_E, ranks) if exact else np.zeros((0, ranks), dtype=np.uint8)
     count_HN = _counts(expert_HK, node_E, nodes) if node_weight > 0 else np.zeros((0, 1), dtype=np.uint8)
     load_RB = np.zeros((ranks, draws))
     for expert in range(experts):
@@ -144,9 +167,12 @@ def anneal_layer(
     scale_B = np.empty(draws)
     par_cost = 0.0
     for b in range(draws):
-        scale_B[b] = par_weight * ranks / max(load_RB[:, b].sum(), 1e-300) / draws
+        scale_B[b] = price_B[b] * ranks / max(load_RB[:, b].sum(), 1e-300)
         par_cost += load_RB[:, b].max() * scale_B[b]
-    cost = touched(expert_HK, weight_H, rank_E, ranks)
+    # of the three busiest ranks at least one stays as it is when two exchange experts
+    top_3B = np.zeros((min(3, ranks), draws), dtype=np.int64)
+    _busiest(load_RB, top_3B)
+    cost = touched(expert_HK, weight_H, rank_E, ranks) if exact else 0.0
     # near_ER: tokens that chose expert e together with some expert on rank r, pairs counted
     near_ER = np.zeros((experts, ranks))
     for expert in range(experts):
@@ -162,27 +188,31 @@ def anneal_layer(
         if mine == yours:
             continue
         new_par = 0.0
-        if par_weight > 0:
-            for b in range(draws):
+        for b in range(draws):
+            if scale_B[b] > 0:
                 shift = draw_EB[two, b] - draw_EB[one, b]
                 peak = max(load_RB[mine, b] + shift, load_RB[yours, b] - shift)
-                for rank in range(ranks):
-                    if load_RB[rank, b] > peak and rank != mine and rank != yours:
-                        peak = load_RB[rank, b]
+                for place in range(len(top_3B)):
+                    rank = top_3B[place, b]
+                    if rank != mine and rank != yours:
+                        peak = max(peak, load_RB[rank, b])
+                        break
                 new_par += peak * scale_B[b]
         par_change = new_par - par_cost
         most = -temperature * np.log(rng.random())
         across = node_weight > 0 and node_R[mine] != node_R[yours]
-        # load and pairs are cheap, the sets are not. A pair brought together saves at most one rank, and pairs parted
+        # load and pairs are cheap, sets are not. A pair brought together saves at most one rank, and pairs parted
         # cost at least about PARTED each (exactly 1 for k = 2): most hopeless exchanges stop here
         pairs = near_ER[one, yours] - near_ER[one, mine] + near_ER[two, mine] - near_ER[two, yours]
         pairs -= 2 * pair_EE[one, two]
-        if not across and par_change - (pairs if pairs > 0 else PARTED * pairs) > most:
+        if exact and not across and par_change - (pairs if pairs > 0 else PARTED * pairs) > most:
             continue
-        change = float(
-            _leave_and_enter(one, two, mine, yours, first_E, set_I, expert_HK, weight_H, count_HR)
-            + _leave_and_enter(two, one, yours, mine, first_E, set_I, expert_HK, weight_H, count_HR)
-        )
+        change = -pair_value * pairs
+        if exact:
+            change = float(
+                _leave_and_enter(one, two, mine, yours, first_E, set_I, expert_HK, weight_H, count_HR)
+                + _leave_and_enter(two, one, yours, mine, first_E, set_I, expert_HK, weight_H, count_HR)
+            )
         if across:
             change += node_weight * (
                 _leave_and_enter(one, two, node_R[mine], node_R[yours], first_E, set_I, expert_HK, weight_H, count_HN)
@@ -190,8 +220,9 @@ def anneal_layer(
             )
         if change + par_change > most:
             continue
-        _shift(one, mine, yours, first_E, set_I, count_HR)
-        _shift(two, yours, mine, first_E, set_I, count_HR)
+        if exact:
+            _shift(one, mine, yours, first_E, set_I, count_HR)
+            _shift(two, yours, mine, first_E, set_I, count_HR)
         if across:
             _shift(one, node_R[mine], node_R[yours], first_E, set_I, count_HN)
             _shift(two, node_R[yours], node_R[mine], first_E, set_I, count_HN)
@@ -204,6 +235,7 @@ def anneal_layer(
             shift = draw_EB[two, b] - draw_EB[one, b]
             load_RB[mine, b] += shift
             load_RB[yours, b] -= shift
+        _busiest(load_RB, top_3B)
         cost += change
         par_cost = new_par
         if cost + par_cost < best_cost - 1e-9 * abs(best_cost):

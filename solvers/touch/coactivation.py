@@ -1,10 +1,14 @@
 """Co-activation search under a load cap: experts that tokens choose together move to one rank, no rank gets too busy.
 
 For the de-duplicated dispatch modes, where a token costs one copy per rank (and node) it touches. Layers separate
-except for the cap, which is on the mean over layers; so each layer is annealed at several prices of PAR and the
-cheapest combination that meets the cap is taken.
+except for the caps, which are on means over layers; so each layer is annealed at several prices of PAR, pooled and in
+windows, and the cheapest combination that meets the caps is taken.
 
-Legend: L layers, H expert sets, E experts, K top-k, R ranks, N nodes, F request folds, B draws, C slots per rank.
+Experts that tokens choose together are busy together, so few ranks touched and even windows are opposed: a cap on PAR
+over all tokens says little about the window that an iteration waits for.
+
+Legend: L layers, H expert sets, E experts, K top-k, R ranks, N nodes, F request folds, B draws, C slots per rank,
+W windows.
 """
 
 import time
@@ -23,7 +27,7 @@ from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
-from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_price
+from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
 
 __all__ = ["capacity_bound", "node_price", "solve_coactivation", "touch_objective"]
 
@@ -34,7 +38,15 @@ SCAN_PRICES = (0.4, 1.0, 2.0, 4.0, 10.0, 25.0)
 """Copies per token and layer that one unit of PAR is worth, in the first, short pass over the frontier."""
 
 REFINE_FACTORS = (0.75, 1.0, 1.33)
-DRAWS = 32
+WINDOW_FACTORS = (0.0, 1.0)
+"""In the first pass, what a unit of window PAR is worth against one of PAR: nothing, or as much."""
+
+PAIR_STEPS, PAIR_VALUE, PAIRED_EXPERTS = 6_000, 0.45, 64
+"""Layers of so many experts start from an annealing on pairs alone, which looks at no sets and so costs little."""
+
+DRAWS, WINDOWS, MOST_LOADS = 32, 48, 6_000
+"""The search sees so many draws and windows, fewer where E times their number would be above MOST_LOADS."""
+
 SEARCH_SPREAD = 0.5
 """The search sees draws of half a sample's deviation: wider ones drown small gains, none at all ignores drift."""
 VISITS_PER_LAYER = 8e8
@@ -49,7 +61,9 @@ class _Layer:
     set_I: npt.NDArray[np.int32]
     pair_EE: FloatArray
     draw_EB: FloatArray
+    draws: int
     judge_EB: FloatArray
+    window_EW: FloatArray
     load_E: IntArray
     tokens: int
     steps: int
@@ -85,9 +99,15 @@ def solve_coactivation(
     refuse_impossible_cap(problem)
     layers, ranks = profile.model.num_sites, cluster.num_ranks
     start_LE = _rank_of_expert(lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed), ranks)
-    draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
+    loads = max(8, min(DRAWS + WINDOWS, MOST_LOADS // profile.model.num_experts))
+    draws_LEB = load_draws(profile.load_FLE, min(DRAWS, loads // 2), seed, spread=SEARCH_SPREAD)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
-    prepared = [_prepare(problem, layer, draws_LEB[layer], judge_LEB[layer]) for layer in range(layers)]
+    windows_W = np.unique(np.linspace(0, len(profile.load_WLE) - 1, loads - draws_LEB.shape[2]).astype(np.int64))
+    prepared = []
+    for layer in range(layers):
+        window_EW = profile.load_WLE[:, layer].T.astype(np.float64)
+        searched_EB = np.concatenate((draws_LEB[layer], window_EW[:, windows_W]), axis=1)
+        prepared.append(_prepare(problem, layer, searched_EB, draws_LEB.shape[2], judge_LEB[layer], window_EW))
     node_weight = node_price(problem)
     pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
     if start_LP is not None and start_LP.shape == (layers, problem.num_slots):
@@ -97,38 +117,53 @@ def solve_coactivation(
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     floor = float(np.mean([pool[0].par for pool in pools]))
     cap = max(cap_seen, floor + NEAR_FLOOR)
+    cap_window = problem.max_window_par if problem.max_window_par is not None else np.inf
     objective_name, bound = touch_objective(problem)
     stopped_by: StoppedBy = "effort"
-    prices = list(SCAN_PRICES) if np.isfinite(cap) else []
-    total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
+    factors = WINDOW_FACTORS if np.isfinite(cap_window) else WINDOW_FACTORS[:1]
+    scan = [(price, price * factor) for price in SCAN_PRICES for factor in factors if np.isfinite(cap)]
+    scan += [(0.0, price) for price in SCAN_PRICES if np.isfinite(cap_window) and not scan]
+    if profile.model.num_experts >= PAIRED_EXPERTS:
+        scan = [prices for prices in (scan or [(0.0, 0.0)]) if prices[0] in (0.0, SCAN_PRICES[1], SCAN_PRICES[3])]
+    total = layers * (len(scan) + (len(REFINE_FACTORS) if scan else 1))
     done = 0
     for phase in ("scan", "refine"):
-        share = 0.04 if phase == "scan" else 0.27
+        share, steps = 0.04, scan
         if phase == "refine":
-            price = implied_price(pools, cap) if np.isfinite(cap) else 0.0
-            prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
-            share = share if price > 0 else 0.8
-        for index, price in enumerate(prices):
-            chosen = cheapest_under_caps(pools, cap, cap_seen)
-            if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen):
+            par_price, window_price = implied_prices(pools, cap, cap_window)
+            free = par_price <= 0 and window_price <= 0
+            steps = [(par_price * f, window_price * f) for f in ((0.0,) if free else REFINE_FACTORS)]
+            share = 0.8 if free else 0.27
+        for index, prices in enumerate(steps):
+            chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
+            if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen, cap_window):
                 stopped_by = "gap"
                 break
             for layer, item in enumerate(prepared):
                 if time.perf_counter() - started > time_limit_s:
                     stopped_by = "time_limit"
                     break
-                begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).placement
+                begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
                 rng = np.random.default_rng([seed, phase == "refine", index, layer])
-                found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
+                begin_E = begin.placement
+                if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
+                    begin_E = _anneal(problem, item, begin_E, 0.0, prices, PAIR_VALUE, share, rng)
+                found_E = _anneal(problem, item, begin_E, node_weight, prices, 0.0, share, rng)
                 pools[layer].append(_candidate(problem, item, found_E, node_weight))
                 done += 1
                 if progress:
                     progress(done, total)
-    chosen = cheapest_under_caps(pools, cap, cap_seen)
+    chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
     rank_LE = np.stack([candidate.placement for candidate in chosen])
     objective = _cost(chosen)
     if progress:
         progress(total, total)
+    message = promise(chosen, cap_seen, len(profile.load_FLE))
+    window = float(np.mean([candidate.window for candidate in chosen]))
+    if window > cap_window + 1e-9:
+        message += (
+            f"; mean PAR in windows is {window:.3f}, above its cap {cap_window:g}: no placement found that meets it"
+        )
     return SolveResult(
         solver="coactivation",
         status="solved",
@@ -139,7 +174,7 @@ def solve_coactivation(
         bound=bound,
         bound_by="capacity: ceil(k / slots)",
         seconds=time.perf_counter() - started,
-        message=promise(chosen, cap_seen, len(profile.load_FLE)),
+        message=message,
     )
 
 
@@ -181,15 +216,31 @@ def _rank_of_expert(slots_LP: IntArray, num_ranks: int) -> IntArray:
     return np.argsort(slots_LP, axis=1) // (slots_LP.shape[1] // num_ranks)
 
 
-def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray) -> _Layer:
+def _prepare(
+    problem: PlacementProblem,
+    layer: int,
+    draw_EB: FloatArray,
+    draws: int,
+    judge_EB: FloatArray,
+    window_EW: FloatArray,
+) -> _Layer:
     sets = problem.profile.sets[layer]
     experts = problem.profile.model.num_experts
     first_E, set_I = incidence(sets.expert_HK, experts)
     visits = max(1.0, 2.0 * len(set_I) / experts)
-    steps = int(np.clip(VISITS_PER_LAYER / visits, 2_000, 12_000 * experts))
-    load_E = problem.profile.load_LE[layer]
-    pair_EE = pair_weights(sets.expert_HK, sets.weight_H, experts)
-    return _Layer(sets, first_E, set_I, pair_EE, draw_EB, judge_EB, load_E, max(1, int(sets.weight_H.sum())), steps)
+    return _Layer(
+        sets=sets,
+        first_E=first_E,
+        set_I=set_I,
+        pair_EE=pair_weights(sets.expert_HK, sets.weight_H, experts),
+        draw_EB=np.ascontiguousarray(draw_EB),
+        draws=draws,
+        judge_EB=judge_EB,
+        window_EW=window_EW,
+        load_E=problem.profile.load_LE[layer],
+        tokens=max(1, int(sets.weight_H.sum())),
+        steps=int(np.clip(VISITS_PER_LAYER / visits, 2_000, 12_000 * experts)),
+    )
 
 
 def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_weight: float) -> Candidate:
@@ -200,9 +251,15 @@ def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_w
         cost += node_weight * nodes
     load_RB = np.zeros((ranks, item.judge_EB.shape[1]))
     np.add.at(load_RB, rank_E, item.judge_EB)
-    seen_R = np.bincount(rank_E, weights=item.load_E, minlength=ranks)
-    par_seen = float(seen_R.max() / seen_R.mean()) if seen_R.any() else 1.0
-    return Candidate(touched=cost / item.tokens, par=float(par(load_RB.T).mean()), par_seen=par_seen, placement=rank_E)
+    load_RW = np.zeros((ranks, item.window_EW.shape[1]))
+    np.add.at(load_RW, rank_E, item.window_EW)
+    return Candidate(
+        touched=cost / item.tokens,
+        par=float(par(load_RB.T).mean()),
+        par_seen=float(par(np.bincount(rank_E, weights=item.load_E, minlength=ranks))),
+        placement=rank_E,
+        window=float(par(load_RW.T).mean()),
+    )
 
 
 def _anneal(
@@ -210,25 +267,30 @@ def _anneal(
     item: _Layer,
     begin_E: IntArray,
     node_weight: float,
-    price: float,
+    prices: tuple[float, float],
+    pair_value: float,
     share: float,
     rng: np.random.Generator,
 ) -> IntArray:
+    """A better placement of one layer at these prices of PAR and of window PAR; on pairs alone with a `pair_value`."""
     experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
     # one exchange changes the sets of two experts: that is the natural unit of temperature
     unit = item.tokens * top_k / experts * (1 + node_weight)
+    windows = item.draw_EB.shape[1] - item.draws
+    price_B = np.repeat([prices[0] / item.draws, prices[1] / max(1, windows)], [item.draws, windows]) * item.tokens
     found_E, _ = anneal_layer(
         begin_E,
         problem.cluster.node_R,
         item.draw_EB,
+        price_B,
         item.sets.expert_HK,
         item.sets.weight_H,
         item.first_E,
         item.set_I,
         item.pair_EE,
         node_weight,
-        price * item.tokens,
-        max(1_000, int(item.steps * share)),
+        pair_value,
+        PAIR_STEPS * experts if pair_value > 0 else max(1_000, int(item.steps * share)),
         0.24 * unit,
         0.008 * unit,
         rng,
@@ -236,9 +298,9 @@ def _anneal(
     return found_E
 
 
-def _meets(chosen: list[Candidate], cap: float, cap_seen: float) -> bool:
-    par_seen = float(np.mean([candidate.par_seen for candidate in chosen]))
-    return par_seen <= cap_seen + 1e-9 and float(np.mean([candidate.par for candidate in chosen])) <= cap + 1e-9
+def _meets(chosen: list[Candidate], cap: float, cap_seen: float, cap_window: float) -> bool:
+    means = np.mean([(candidate.par_seen, candidate.par, candidate.window) for candidate in chosen], axis=0)
+    return bool((means <= np.array([cap_seen, cap, cap_window]) + 1e-9).all())
 
 
 def _cost(chosen: list[Candidate]) -> float:
