@@ -26,13 +26,20 @@ class ProfileSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveSettings:
-    """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks."""
+    """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks.
+
+    max_window_par: cap on max / mean rank load in windows of profile.window_tokens, mean over windows and layers.
+    "balanced" is what a load-only plan has on unseen windows; null is none. There is none either where PAR has no cap.
+    """
 
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
+    max_window_par: float | Literal["balanced"] | None = "balanced"
 
     def __post_init__(self) -> None:
         _positive(self, "solve", ("batch_tokens",))
+        if isinstance(self.max_window_par, float | int) and not self.max_window_par >= 1:
+            raise UsageError(f"solve.max_window_par is {self.max_window_par}; max / mean load cannot be below 1.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

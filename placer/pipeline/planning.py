@@ -19,6 +19,7 @@ from placer.pipeline.sources import Progress, Source, profile_of, sources_of, wa
 from solvers.balance.load import par_bound
 from solvers.registry import SOLVERS, run_solver
 from solvers.result import SolveResult
+from solvers.touch.caps import balanced_window_par
 from traces.trace import RoutingTrace
 
 __all__ = ["BASELINES", "DEFAULT_CAP", "Solved", "judge", "make_plan", "solve"]
@@ -105,7 +106,7 @@ def solve(
     )
     _refuse_empty_layers(free.profile)
     cap = max(DEFAULT_CAP, round(1.05 * par_bound(free), 4)) if max_par == "auto" else max_par
-    problem = replace(free, max_par=None if cap is None or cap == float("inf") else cap)
+    problem = _capped(free, cap, settings)
     start, warnings = None, []
     if current is not None:
         warnings += warn_mismatch(current, problem.profile.model, cluster)
@@ -133,6 +134,17 @@ def solve(
             raise SolverError(f"{result.solver} returned an illegal plan: {violation}")
     evaluation = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
     return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings))
+
+
+def _capped(free: PlacementProblem, max_par: float | None, settings: SolveSettings) -> PlacementProblem:
+    """The problem with its caps; windows are capped where pooled PAR is and the profile has more than one of them."""
+    if max_par is None or max_par == float("inf"):
+        return free
+    given = settings.max_window_par
+    if given != "balanced":
+        return replace(free, max_par=max_par, max_window_par=given)
+    several = len(free.profile.load_WLE) > 1
+    return replace(free, max_par=max_par, max_window_par=round(balanced_window_par(free), 4) if several else None)
 
 
 def judge(

@@ -10,15 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from solver_problems import every_assignment, problem_of, random_trace, trace_of, without_sets
 
+from placer.config import load_cluster
+from placer.config.settings import SolveSettings
 from placer.core.dispatch import source_ranks
 from placer.core.errors import InfeasibleError, UsageError
-from placer.core.evaluate import evaluate
+from placer.core.evaluate import Evaluation, evaluate, par
 from placer.core.problem import PlacementProblem
 from placer.pipeline import judge, make_plan, solve
+from solvers.balance.load import rank_load_LR
 from solvers.result import SolveResult
 from solvers.touch.anneal import touched
 from solvers.touch.caps import load_draws
 from solvers.touch.coactivation import capacity_bound, solve_coactivation
+from traces.trace import RoutingTrace
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -153,19 +157,66 @@ def test_draws_keep_the_mean_and_grow_with_the_spread() -> None:
     assert load_draws(folds[:3], 400, 0, spread=1.0).shape == (2, 6, 1)
 
 
+def gpt_oss_halves() -> tuple[RoutingTrace, RoutingTrace]:
+    from traces.readers import read_any
+
+    trace = read_any(DATA / "gptoss20b" / "mmlu.npz")
+    assert isinstance(trace, RoutingTrace)
+    return trace.split_by_request(0.5, seed=0)
+
+
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="the developers' real traces are not here")
 @pytest.mark.parametrize(("cap", "most_ranks", "most_par"), [(1.12, 3.05, 1.10), (1.03, 3.18, 1.07)])
 def test_gpt_oss_judged_on_unseen_requests(cap: float, most_ranks: float, most_par: float) -> None:
-    from placer.config import load_cluster
-    from placer.core.evaluate import Evaluation
-    from traces.readers import read_any
-
-    trace = read_any(DATA / "gptoss20b" / "mmlu.npz")
-    train, test = trace.split_by_request(0.5, seed=0)  # type: ignore[union-attr]
-    solved = solve(train, load_cluster("node8"), max_par=cap, time_limit_s=600)
+    train, test = gpt_oss_halves()
+    no_windows = SolveSettings(max_window_par=None)
+    solved = solve(
+        train,
+        load_cluster("node8"),
+        solver="coactivation",
+        max_par=cap,
+        time_limit_s=600,
+        solve_settings=no_windows,
+    )
     judged = judge(solved.plan, test, load_cluster("node8"))
     assert isinstance(judged, Evaluation)
     assert judged.ranks_touched <= most_ranks
     assert judged.par <= most_par
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="the developers' real traces are not here")
+def test_gpt_oss_windows_are_no_less_even_than_eplbs_on_unseen_requests() -> None:
+    train, test = gpt_oss_halves()
+    ours, eplb = (
+        judge(
+            solve(train, load_cluster("node8"), solver=solver, max_par=1.10, time_limit_s=600).plan,
+            test,
+            load_cluster("node8"),
+        )
+        for solver in ("coactivation", "eplb")
+    )
+    assert isinstance(ours, Evaluation)
+    assert isinstance(eplb, Evaluation)
+    assert ours.ranks_touched < 0.9 * eplb.ranks_touched
+    assert ours.par_window_mean <= eplb.par_window_mean
+    assert ours.par_window_p99 <= eplb.par_window_p99
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_cap_on_windows_makes_windows_more_even_or_is_said_to_be_unmet(seed: int) -> None:
+    trace = random_trace(seed, experts=12, top_k=3, tokens=800)
+    free = problem_of(trace, 4, max_par=1.3)
+    loose, tight = solve_coactivation(free), solve_coactivation(replace(free, max_window_par=1.2))
+
+    def window_par(result: SolveResult) -> float:
+        assert result.slot_expert_LP is not None
+        loads = [rank_load_LR(load_LE, result.slot_expert_LP, 4) for load_LE in free.profile.load_WLE]
+        return float(par(np.stack(loads)).mean())
+
+    assert window_par(tight) <= 1.2 + 1e-9 or "windows" in tight.message
+    assert window_par(tight) <= window_par(loose) + 1e-9 or window_par(loose) <= 1.2 + 1e-9
