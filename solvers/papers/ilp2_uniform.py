@@ -2,11 +2,10 @@
 
     min sum_l max over c, c' on different ranks of flow[l, c, c']
 
-Relabelling the ranks of layer l + 1 (and of all layers after it alike) does not disturb the pairs of layers before it, so
-the pairs of layers separate. In one pair every row and every column of the flow can have one entry on the diagonal, that
-is on one rank, and no more: the largest entry left over is at least the second largest of every row and column. That
-bound T is met: the entries above T lie at most one to a row and a column, so they are a partial matching, and a matching
-of equally many rows and columns can always be completed.
+Relabelling the ranks of layer l + 1, and of all layers after it alike, does not disturb the pairs of layers before it,
+so the pairs separate. In one pair every row and every column of the flow can have one entry on one rank and no more:
+the largest entry left over is at least the second largest of every row and column. That bound T is met: the entries
+above T lie at most one to a row and a column, so they are a partial matching, which can always be completed.
 
 Legend: L routing sites, C clusters (as many as ranks).
 """
@@ -26,8 +25,8 @@ COST_STEPS = 1e9
 def assign_ranks_uniform(flow_LCC: FloatArray) -> tuple[IntArray, float]:
     """Rank of each cluster, (L, C), and sum over layer pairs of the largest flow between two ranks, in flow's unit.
 
-    `flow_LCC` (L - 1, C, C), not negative, is what goes from cluster c of layer l to cluster c' of layer l + 1. Layer 0 keeps its
-    labels. Among the optimal labellings the one that keeps the most flow on its rank is taken, pair by pair.
+    `flow_LCC` (L - 1, C, C), not negative, is what goes from cluster c of layer l to cluster c' of layer l + 1. Layer 0
+    keeps its labels. Among the optimal labellings the one that keeps the most flow on its rank is taken, pair by pair.
 
     Guarantee: optimal for the given clusters. Complexity: O(L C^3).
     Reference: MoETuner (arXiv 2502.06643, section 4.2), ILP 2 with equal B, without its whole-model memory row.

@@ -98,7 +98,8 @@ def solve_moetuner(
     Notes
     -----
     Complexity: ILP 1 has R * E binaries a layer, ILP 2 L * R^2 binaries and L * R^3 rows; both are NP-hard and have
-    weak relaxations. With equal sizes and one bandwidth ILP 2 is solved in O(L R^3) instead, always to optimality. Mixtral's 32 layers of 8 experts on 4 ranks is the paper's own size.
+    weak relaxations. With equal sizes and one bandwidth ILP 2 takes O(L R^3) instead and is always optimal. Mixtral's
+    32 layers of 8 experts on 4 ranks is the paper's own size.
     """
     settings = Settings(
         capacity=problem.slots_per_rank,
