@@ -12,14 +12,13 @@ Legend: L routing sites, C clusters (as many as ranks).
 
 import numpy as np
 import numpy.typing as npt
-from ortools.graph.python import linear_sum_assignment
+
+from solvers.affinity.matching import heaviest_matching
 
 __all__ = ["assign_ranks_uniform", "heaviest_unavoidable"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-
-COST_STEPS = 1e9
 
 
 def assign_ranks_uniform(flow_LCC: FloatArray) -> tuple[IntArray, float]:
@@ -57,13 +56,7 @@ def _partners(flow_CC: FloatArray) -> IntArray:
     rows = np.flatnonzero(partner_C < 0)
     columns = np.setdiff1d(np.arange(len(flow_CC)), onto)
     if len(rows):
-        rest = flow_CC[np.ix_(rows, columns)]
-        solver = linear_sum_assignment.SimpleLinearSumAssignment()
-        row, column = np.indices(rest.shape)
-        cost = np.rint((rest.max() - rest) * (COST_STEPS / (rest.max() or 1.0))).astype(np.int64)
-        solver.add_arcs_with_cost(row.ravel(), column.ravel(), cost.ravel())
-        assert solver.solve() == solver.OPTIMAL
-        partner_C[rows] = columns[[solver.right_mate(index) for index in range(len(rows))]]
+        partner_C[rows] = columns[heaviest_matching(flow_CC[np.ix_(rows, columns)])]
     return partner_C
 
 
