@@ -3,7 +3,8 @@
     python examples/05_source_ranks.py TRACE [--model PRESET] [--cluster node8] [--plan PLAN | --solver coactivation]
 
 Labels of ranks are aligned over layers on the planning half of the requests; homes are given to the other half and
-judged there, by replay. "then moved": the first tokens are counted where they ran, on the rank dealt in turn. The
+judged there, by replay. "rates" takes the first tokens' touches as they are, "learnt" by a regression on the planning
+half. "then moved": the first tokens are counted where they ran, on the rank dealt in turn. The
 balance of homes knows each request's length, also where its routing is predicted.
 """
 
@@ -24,10 +25,11 @@ from placer.report.tables import DataTable, render
 from solvers.affinity.align_homes import align_for_homes, relabel_ranks
 from solvers.affinity.homes import assign_homes
 from solvers.affinity.predict import touch_from_prefix, touch_from_tag
+from solvers.affinity.prefix_model import fit_prefix_model
 from traces.hf_config import MODELS
 from traces.trace import RoutingTrace
 
-PREFIXES = (16, 32, 64)
+PREFIXES = (8, 16, 32, 64)
 COLUMNS = ("labels", "homes by", "at home %", "copies sent", "saved %", "of oracle %", "fullest / mean")
 
 
@@ -35,6 +37,14 @@ def index_of(trace: RoutingTrace) -> tuple[np.ndarray, int]:
     """Request of each token, counted from 0, and how many there are."""
     ids, index_T = np.unique(trace.request_id_T, return_inverse=True)
     return index_T, len(ids)
+
+
+def touch_of_first(plan: Plan, trace: RoutingTrace, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Touches (L, Q, R) and number of each request's first `count` tokens, and which tokens those are."""
+    index_T, requests = index_of(trace)
+    first_T = first_tokens(index_T, count)
+    seen_LQR = request_touch(plan, trace.expert_LTK[:, first_T], index_T[first_T], requests)
+    return seen_LQR, request_tokens(index_T[first_T], requests), first_T
 
 
 def aligned(plan: Plan, train: RoutingTrace, slack: float) -> Plan:
@@ -58,20 +68,23 @@ def homes(plan: Plan, train: RoutingTrace, test: RoutingTrace, slack: float) -> 
     dealt_T = source_ranks(test.request_id_T, ranks)
     touch_QR = request_touch(plan, test.expert_LTK, index_T, requests).sum(axis=0)
     ways = {"turn": dealt_T, "own routing (oracle)": assign_homes(touch_QR, tokens_Q, ranks, slack)[index_T]}
-    for count in PREFIXES:
-        first_T = first_tokens(index_T, count)
-        seen_QR = request_touch(plan, test.expert_LTK[:, first_T], index_T[first_T], requests).sum(axis=0)
-        seen_Q = request_tokens(index_T[first_T], requests)
-        predicted_QR = touch_from_prefix(seen_QR, seen_Q, tokens_Q)
-        home_T = assign_homes(predicted_QR, tokens_Q, ranks, slack)[index_T]
-        ways[f"first {count} tokens"] = home_T
-        ways[f"first {count} tokens, then moved"] = np.where(first_T, dealt_T, home_T)
     train_T, train_requests = index_of(train)
     train_QR = request_touch(plan, train.expert_LTK, train_T, train_requests).sum(axis=0)
+    known_Q = request_tokens(train_T, train_requests)
+    for count in PREFIXES:
+        seen_LQR, seen_Q, first_T = touch_of_first(plan, test, count)
+        model = fit_prefix_model(*touch_of_first(plan, train, count)[:2], train_QR, known_Q)
+        predictions = {
+            "rates": touch_from_prefix(seen_LQR.sum(axis=0), seen_Q, tokens_Q),
+            "learnt": model.predict(seen_LQR, seen_Q, tokens_Q),
+        }
+        for name, predicted_QR in predictions.items():
+            home_T = assign_homes(predicted_QR, tokens_Q, ranks, slack)[index_T]
+            ways[f"first {count} tokens, {name}"] = home_T
+            ways[f"first {count} tokens, {name}, then moved"] = np.where(first_T, dealt_T, home_T)
     for name, tag in test.tags.items():
         new_tag_Q, tag_Q = np.zeros(requests, np.int64), np.zeros(train_requests, np.int64)
         new_tag_Q[index_T], tag_Q[train_T] = tag.codes_T, train.tags[name].codes_T
-        known_Q = request_tokens(train_T, train_requests)
         predicted_QR = touch_from_tag(train_QR, known_Q, tag_Q, new_tag_Q, tokens_Q)
         ways[f"tag: {name}"] = assign_homes(predicted_QR, tokens_Q, ranks, slack)[index_T]
     return ways
@@ -95,6 +108,9 @@ def main() -> None:
     rows = []
     for label, labelled in (("planned", plan), ("aligned", aligned(plan, train, given.slack))):
         ways = homes(labelled, train, test, given.slack)
+        if label == "planned":
+            # what alignment is worth; predictions are for aligned labels
+            ways = dict(list(ways.items())[:2])
         results = {}
         for way, home_T in ways.items():
             results[way] = judge(labelled, replace(test, source_rank_T=home_T.astype(np.int32)), cluster)
