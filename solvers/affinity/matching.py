@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-from ortools.graph.python import linear_sum_assignment
 
 __all__ = ["heaviest_matching"]
 
@@ -15,6 +14,9 @@ def heaviest_matching(weight_II: npt.NDArray[np.number]) -> npt.NDArray[np.int64
     Guarantee: within I / 1e9 of the range of the weights of the optimum, since costs are rounded to whole numbers.
     Deterministic. Complexity: O(I^3 log I) (cost scaling).
     """
+    # here, so that a solver's module that may not need it loads without the back end
+    from ortools.graph.python import linear_sum_assignment
+
     weight = np.asarray(weight_II, dtype=np.float64)
     spread = float(weight.max() - weight.min())
     cost = np.rint((weight.max() - weight) * (STEPS / (spread or 1.0))).astype(np.int64)

@@ -54,7 +54,7 @@ def solve_risk(problem: PlacementProblem, *, seed: int = 0, z: float = 1.0) -> S
         mean_E = load_WLE[:, layer].mean(axis=0)
         apart_WE = load_WLE[:, layer] - mean_E
         cov_EE = apart_WE.T @ apart_WE / len(apart_WE)
-        found = [_descend(start_LP[layer].reshape(ranks, -1).copy(), mean_E, cov_EE, z) for start_LP in starts]
+        found = [_descend(start_LP[layer].reshape(ranks, -1).copy(), mean_E, cov_EE, float(z)) for start_LP in starts]
         rows.append(min(found, key=lambda pair: pair[1])[0].reshape(-1))
     slots_LP = canonical_slots(np.stack(rows), ranks)
     objective = _risk_par(load_WLE, slots_LP, ranks, z)
@@ -84,6 +84,14 @@ def _risk_par(load_WLE: FloatArray, slot_expert_LP: IntArray, num_ranks: int, z:
     peak_L = risk_LR(load_WLE, slot_expert_LP, num_ranks, z).max(axis=1)
     mean_L = load_WLE.mean(axis=0).sum(axis=1) / num_ranks
     return float(np.where(mean_L > 0, peak_L / np.where(mean_L > 0, mean_L, 1.0), 1.0).mean())
+
+
+@njit(cache=True)
+def _holds(held_RC: IntArray, rank: int, expert: int) -> bool:  # pragma: no cover - compiled
+    found = False
+    for held in held_RC[rank]:
+        found = found or held == expert
+    return found
 
 
 @njit(cache=True)
@@ -119,7 +127,7 @@ def _descend(
         for mine in range(width):
             out = held_RC[top, mine]
             for rank in range(ranks):
-                if rank == top or np.any(held_RC[rank] == out):
+                if rank == top or _holds(held_RC, rank, out):
                     continue
                 for other in range(width):
                     back = held_RC[rank, other]
@@ -129,7 +137,7 @@ def _descend(
                     there_var = var_R[rank] + both + 2 * (with_RE[rank, out] - with_RE[rank, back])
                     here = mean_R[top] + shift + z * np.sqrt(max(0.0, here_var))
                     there = mean_R[rank] - shift + z * np.sqrt(max(0.0, there_var))
-                    if max(here, there) < best and not np.any(held_RC[top] == back):
+                    if max(here, there) < best and not _holds(held_RC, top, back):
                         best = max(here, there)
                         best_mine, best_rank, best_other = mine, rank, other
         if best_mine < 0:

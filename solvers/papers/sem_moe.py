@@ -122,7 +122,7 @@ def solve_sem_moe(problem: PlacementProblem, *, seed: int = 0) -> SolveResult:
 
     A profile knows requests only as folds (a hash of the request id), so the folds stand for the paper's requests: what
     fold members share is what can be found, which is little where requests were hashed. Only a trace can do more
-    (`placer.core.homes`). The fold's cluster, named in `message`, is the rank that should run its attention.
+    (`placer.core.homes`). The share counts a fold's requests as living on the fold's rank; a plan does not say so.
 
     Objective "remote_share": share of activations, over all layers, whose expert is not on its fold's rank. The search
     minimises the printed objective (balance of folds and remote activations, theta 1/2), the bound is on the share:
@@ -151,8 +151,8 @@ def solve_sem_moe(problem: PlacementProblem, *, seed: int = 0) -> SolveResult:
         bound=min(objective, 1 - most / total),
         bound_by="each fold's most used experts",
         seconds=time.perf_counter() - started,
-        message=f"folds as requests, at home on ranks {found.cluster_J.tolist()}; printed objective "
-        f"{found.objective:.0f} tokens",
+        message=f"{len(found.cluster_J)} folds as requests; printed objective {found.objective:.0f} a layer: imbalance "
+        f"{found.imbalance:.0f}, remote activations {found.remote:.0f}",
     )
 
 

@@ -2,12 +2,13 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_problems import counts_problem, every_assignment
+from solver_problems import cluster, counts_problem, every_assignment
 
 from placer.core.check import check
 from placer.core.errors import UsageError
@@ -16,6 +17,10 @@ from placer.pipeline import make_plan
 from solvers.balance.load import mean_par, rank_load_LR
 from solvers.balance.lpt import solve_lpt
 from solvers.balance.risk import risk_LR, solve_risk
+from traces.readers import read_any
+from traces.summarize import summarize
+
+TRACE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gptoss20b" / "mmlu.npz"
 
 
 def windows_problem(load_WLE: np.ndarray, ranks: int, redundant: int = 0) -> PlacementProblem:
@@ -106,3 +111,12 @@ def test_layers_without_load_count_one_and_one_window_is_load_alone() -> None:
 def test_a_risk_that_is_none_is_refused(z: float) -> None:
     with pytest.raises(UsageError, match="z is"):
         solve_risk(windows_problem(np.ones((2, 1, 4)), 2), z=z)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not TRACE.exists(), reason="the developers' real traces are not here")
+def test_windows_of_unseen_requests_are_better_balanced_than_by_mean_load() -> None:
+    train, test = (summarize(half, window_tokens=2048) for half in read_any(TRACE).split_by_request(0.5, 0))
+    problem = PlacementProblem(profile=train, cluster=cluster(8))
+    lpt, risk = (solve(problem).slot_expert_LP for solve in (solve_lpt, solve_risk))
+    assert window_par(test.load_WLE, risk, 8) < window_par(test.load_WLE, lpt, 8) - 0.05

@@ -127,9 +127,10 @@ def test_the_solver_places_experts_by_folds() -> None:
     found_LE = rank_LE(result.slot_expert_LP, 8, 4)
     assert check(problem, make_plan(problem, result, 3)) == []
     # one fold: it lives on one rank, and only that rank's experts are not remote
-    home = int(result.message.split("[")[1].split("]")[0])
     load_LE = problem.profile.load_LE
-    assert result.objective == pytest.approx(1 - load_LE[found_LE == home].sum() / load_LE.sum())
+    share_R = [1 - load_LE[found_LE == rank].sum() / load_LE.sum() for rank in range(4)]
+    assert np.isclose(share_R, result.objective).any()
+    assert result.objective <= 0.75  # dealt anyhow, a quarter of the experts is at home
     assert result.bound <= result.objective
     best = sum(np.sort(row)[-2:].sum() for row in load_LE)
     assert result.bound == pytest.approx(1 - best / load_LE.sum())
