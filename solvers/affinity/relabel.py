@@ -8,9 +8,9 @@ Legend: L layers, P slots, E experts, R ranks.
 
 import numpy as np
 import numpy.typing as npt
-from ortools.graph.python import linear_sum_assignment
 
 from placer.core.plan import canonical_slots
+from solvers.affinity.matching import heaviest_matching
 
 __all__ = ["align_ranks"]
 
@@ -30,12 +30,7 @@ def align_ranks(slot_expert_LP: IntArray, transition_LEE: IntArray, num_ranks: i
     for layer in range(1, layers):
         held = _held(blocks[layer], experts)
         kept_RR = held_before @ transition_LEE[layer - 1] @ held.T
-        solver = linear_sum_assignment.SimpleLinearSumAssignment()
-        before, after = np.indices((num_ranks, num_ranks))
-        cost = np.rint((kept_RR.max() - kept_RR) * (1e9 / max(1.0, kept_RR.max()))).astype(np.int64)
-        solver.add_arcs_with_cost(before.ravel(), after.ravel(), cost.ravel())
-        assert solver.solve() == solver.OPTIMAL
-        order = np.array([solver.right_mate(rank) for rank in range(num_ranks)])
+        order = heaviest_matching(kept_RR)
         blocks[layer] = blocks[layer][order]
         held_before = held[order]
     return canonical_slots(blocks.reshape(layers, slots), num_ranks)

@@ -5,7 +5,8 @@ ILP 2, all layers together:   min sum_l max over rank pairs of C[l,c,c'] / B[g,g
                               one cluster per rank and layer; C = tokens that go from cluster c of l to c' of l + 1.
 
 The printed ILP 1 asks for clusters of at least one expert; engines need equal ones, so `sizes="equal"` is the default.
-A pair on one rank costs nothing, which makes ILP 2 worth solving on a uniform network too. ILP 1 does not see the
+A pair on one rank costs nothing, which makes ILP 2 worth solving on a uniform network too; there, with equal sizes, it
+needs no integer program (`ilp2_uniform`). ILP 1 does not see the
 flows, so the two are not optimal together: an oracle and a baseline, not the method to use.
 
 Legend: L routing sites, E logical experts, P slots, R ranks, C clusters (as many as ranks).
@@ -24,6 +25,7 @@ from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.exact.isolate import IsolationTimeoutError, run_isolated
 from solvers.exact.pulp_run import Backend, State, run_program, value_of
+from solvers.papers.ilp2_uniform import assign_ranks_uniform
 from solvers.result import SolveResult, StoppedBy
 
 __all__ = ["Settings", "Stage", "assign_ranks", "cluster_layer", "pair_gbytes_RR", "solve_moetuner"]
@@ -96,7 +98,8 @@ def solve_moetuner(
     Notes
     -----
     Complexity: ILP 1 has R * E binaries a layer, ILP 2 L * R^2 binaries and L * R^3 rows; both are NP-hard and have
-    weak relaxations. Mixtral's 32 layers of 8 experts on 4 ranks is the paper's own size.
+    weak relaxations. With equal sizes and one bandwidth ILP 2 takes O(L R^3) instead and is always optimal. Mixtral's
+    32 layers of 8 experts on 4 ranks is the paper's own size.
     """
     settings = Settings(
         capacity=problem.slots_per_rank,
@@ -187,6 +190,10 @@ def solve_stages(
     if transition_LEE is not None:
         flow_LCC = member_LEC[:-1].transpose(0, 2, 1) @ transition_LEE @ member_LEC[1:]
     size_LC = member_LEC.sum(axis=1).astype(np.int64)
+    if settings.sizes == "equal" and _one_rate(tokens_per_ns_RR):
+        rank_LC, flow = assign_ranks_uniform(flow_LCC)
+        slowest_ns = flow / float(tokens_per_ns_RR.min())
+        return clusters, Stage("optimal", rank_LC, slowest_ns, slowest_ns)
     left_s = time_limit_s - (time.perf_counter() - started)
     return clusters, assign_ranks(flow_LCC, tokens_per_ns_RR, size_LC, settings, max(LEAST_SHARE_S, left_s))
 
@@ -260,8 +267,7 @@ def assign_ranks(
             program += pulp.lpSum(on[i][g]) == 1
             program += pulp.lpSum(on[i][c][g] for c in range(ranks)) == 1
     # ranks of one node may be renamed, and so may whole nodes: name one rank, or all where there is one bandwidth
-    one_rate = len(np.unique(rate_RR[~np.eye(ranks, dtype=bool)])) <= 1
-    for c in range(ranks if one_rate else 1):
+    for c in range(ranks if _one_rate(rate_RR) else 1):
         program += on[0][c][c] == 1
     if settings.sizes == "nonempty":
         for g in range(ranks):
@@ -283,6 +289,10 @@ def assign_ranks(
         raise SolverError(f"{settings.backend} returned an assignment that is not one to one")
     slowest_L = [(flow_LCC[i] / rate_RR[np.ix_(rank_LC[i], rank_LC[i + 1])]).max() for i in range(layers - 1)]
     return _stage(state, rank_LC, float(sum(slowest_L)), bound, scale)
+
+
+def _one_rate(rate_RR: npt.NDArray[np.float64]) -> bool:
+    return len(np.unique(rate_RR[~np.eye(len(rate_RR), dtype=bool)])) <= 1
 
 
 def _stage(state: State, value: npt.NDArray[np.int64], objective: float, bound: float | None, scale: float) -> Stage:
