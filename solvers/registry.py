@@ -16,14 +16,15 @@ __all__ = ["SOLVERS", "SolverInfo", "choose_solver", "run_solver"]
 
 @dataclass(frozen=True, slots=True)
 class SolverInfo:
-    """Where a solver lives, one line about it, and which of the optional arguments it takes, and
-    whether `coherent` mode may relabel its ranks."""
+    """Where a solver lives, one line about it, which of the optional arguments it takes, whether `coherent` mode may
+    relabel its ranks, and whether it places redundant slots."""
 
     module: str
     function: str
     about: str
     takes: tuple[str, ...] = ()
     align: bool = True
+    replicas: bool = True
 
 
 SOLVERS: dict[str, SolverInfo] = {
@@ -36,11 +37,18 @@ SOLVERS: dict[str, SolverInfo] = {
         "solvers.balance.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first", align=False
     ),
     "lpt": SolverInfo("solvers.balance.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
+    "risk": SolverInfo(
+        "solvers.balance.risk", "solve_risk", "load under drift: mean + z std over windows, LPT and swaps", ("seed",)
+    ),
+    "lplb": SolverInfo(
+        "solvers.balance.split", "solve_lplb", "EPLB's placement, replica shares by LPLB's linear program", align=False
+    ),
     "coactivation": SolverInfo(
         "solvers.touch.coactivation",
         "solve_coactivation",
         "few ranks touched under a load cap, no replicas",
         ("seed", "time_limit_s", "gap", "start_LP", "progress"),
+        replicas=False,
     ),
     "replicated": SolverInfo(
         "solvers.touch.replicated",
@@ -49,10 +57,33 @@ SOLVERS: dict[str, SolverInfo] = {
         ("seed", "time_limit_s", "start_LP", "progress"),
     ),
     "moetuner": SolverInfo(
-        "solvers.papers.moetuner", "solve_moetuner", "MoETuner's two ILPs (small models)", ("time_limit_s",)
+        "solvers.papers.moetuner",
+        "solve_moetuner",
+        "MoETuner's two ILPs (small models)",
+        ("time_limit_s",),
+        replicas=False,
+    ),
+    "sem_moe": SolverInfo(
+        "solvers.papers.sem_moe",
+        "solve_sem_moe",
+        "Sem-MoE's co-clustering, request folds as requests",
+        ("seed",),
+        align=False,
+        replicas=False,
+    ),
+    "blocks": SolverInfo(
+        "solvers.exact.blocks",
+        "solve_blocks",
+        "fewest ranks touched, exact where every block of experts can be listed",
+        ("seed", "time_limit_s", "start_LP"),
+        replicas=False,
     ),
     "cpsat": SolverInfo(
-        "solvers.exact.cpsat", "solve_cpsat", "exact ranks touched by CP-SAT (small models)", ("seed", "time_limit_s")
+        "solvers.exact.cpsat",
+        "solve_cpsat",
+        "exact ranks touched by CP-SAT (small models)",
+        ("seed", "time_limit_s"),
+        replicas=False,
     ),
 }
 

@@ -89,9 +89,7 @@ def test_every_answer_passes_check_and_never_beats_its_bound(name: str, mode: st
     assert check(problem, make_plan(problem, result, 0)) == []
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SOLVERS if name not in ("coactivation", "replicated", "cpsat", "moetuner")]
-)
+@pytest.mark.parametrize("name", [name for name, info in SOLVERS.items() if info.replicas and name != "replicated"])
 def test_replicas_pass_check(name: str) -> None:
     problem = counts_problem(np.random.default_rng(0).integers(1, 100, (3, 8)), 4, redundant=4)
     broken = {violation.code for violation in check(problem, make_plan(problem, run_solver(name, problem), 0))}
