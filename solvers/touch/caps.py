@@ -31,7 +31,7 @@ NEAR_FLOOR = 0.02
 
 JUDGE_SPREAD = 2.0**0.5
 MIN_FOLDS = 4
-WINDOW_SHARE = 0.85
+WINDOW_SHARE = 0.82
 JUDGE_DRAWS = 128
 """Candidates are compared on other draws than those they were annealed on, or the best of many would look too good."""
 
