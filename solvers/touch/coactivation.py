@@ -20,6 +20,7 @@ from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from solvers.balance.lpt import lpt_slots
+from solvers.interrupts import interruptible
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
@@ -71,7 +72,8 @@ def solve_coactivation(
     estimate of the best balanced placement where the requests differ too much for the cap. PAR on the requests seen is
     under the cap always.
     Objective: mean over layers and tokens of ranks touched, in `per_node` mode plus nodes touched at the links' price.
-    Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it.
+    Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it. Ctrl-C
+    ends the search with the best so far.
     Complexity: O(L * VISITS_PER_LAYER). Raises UsageError without expert sets, InfeasibleError for an impossible cap.
     """
     started = time.perf_counter()
@@ -102,28 +104,31 @@ def solve_coactivation(
     prices = list(SCAN_PRICES) if np.isfinite(cap) else []
     total = layers * (len(prices) + (len(REFINE_FACTORS) if prices else 1))
     done = 0
-    for phase in ("scan", "refine"):
-        share = 0.04 if phase == "scan" else 0.27
-        if phase == "refine":
-            price = implied_price(pools, cap) if np.isfinite(cap) else 0.0
-            prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
-            share = share if price > 0 else 0.8
-        for index, price in enumerate(prices):
-            chosen = cheapest_under_caps(pools, cap, cap_seen)
-            if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen):
-                stopped_by = "gap"
-                break
-            for layer, item in enumerate(prepared):
-                if time.perf_counter() - started > time_limit_s:
-                    stopped_by = "time_limit"
+    with interruptible() as interrupt:
+        for phase in ("scan", "refine"):
+            share = 0.04 if phase == "scan" else 0.27
+            if phase == "refine":
+                price = implied_price(pools, cap) if np.isfinite(cap) else 0.0
+                prices = [price * factor for factor in REFINE_FACTORS] if price > 0 else [0.0]
+                share = share if price > 0 else 0.8
+            for index, price in enumerate(prices):
+                chosen = cheapest_under_caps(pools, cap, cap_seen)
+                if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen):
+                    stopped_by = "gap"
                     break
-                begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).placement
-                rng = np.random.default_rng([seed, phase == "refine", index, layer])
-                found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
-                pools[layer].append(_candidate(problem, item, found_E, node_weight))
-                done += 1
-                if progress:
-                    progress(done, total)
+                for layer, item in enumerate(prepared):
+                    if time.perf_counter() - started > time_limit_s:
+                        stopped_by = "time_limit"
+                        break
+                    begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).placement
+                    rng = np.random.default_rng([seed, phase == "refine", index, layer])
+                    found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
+                    pools[layer].append(_candidate(problem, item, found_E, node_weight))
+                    done += 1
+                    if progress:
+                        progress(done, total)
+    if interrupt.happened:
+        stopped_by = "interrupt"
     chosen = cheapest_under_caps(pools, cap, cap_seen)
     rank_LE = np.stack([candidate.placement for candidate in chosen])
     objective = _cost(chosen)
