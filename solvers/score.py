@@ -25,9 +25,9 @@ from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from placer.core.replicas import LayerSlots, layer_slots, serve_sets, served_share
 from solvers.touch.anneal import touched
-from solvers.touch.coactivation import node_price, touch_objective
+from solvers.touch.coactivation import node_price
 
-__all__ = ["Goal", "GoalKind", "Score", "goal_of", "repeats", "score"]
+__all__ = ["Goal", "GoalKind", "Score", "goal_name", "goal_of", "repeats", "score"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -61,8 +61,15 @@ def goal_of(problem: PlacementProblem) -> Goal:
         return Goal("cut", "cut")
     if mode in ("per_rank", "per_node", "coherent") and profile.sets:
         weight = node_price(problem)
-        return Goal("nodes" if weight > 0 else "ranks", touch_objective(problem)[0], weight)
+        kind: GoalKind = "nodes" if weight > 0 else "ranks"
+        return Goal(kind, goal_name(kind, weight), weight)
     return Goal("par", "par")
+
+
+def goal_name(kind: GoalKind, node_weight: float = 0.0) -> str:
+    """What results call an objective; the touching solvers' own names where it is theirs."""
+    base, node = {"par": ("par", ""), "cut": ("cut", "node_cut")}.get(kind, ("ranks_touched", "nodes_touched"))
+    return f"{base} + {node_weight:.3g} * {node}" if node_weight > 0 else base
 
 
 def score(

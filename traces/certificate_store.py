@@ -26,7 +26,9 @@ FIELDS = ("format", "schema", "kind", "objective_name", "bound", "proof", "numbe
 LEVEL_AXES = {"slope_H": 1, "u_LE": 2, "v_LE": 2, "split_LEE": 3, "spectrum_LEE": 3, "triangle_N4": 2, "tau_N": 1}
 KNOWN: dict[str, dict[str, int]] = {
     "par": {},
-    "kept": {f"{level}_{name}": LEVEL_AXES[name] for level in ("rank", "node") for name in ("u_LE", "v_LE", "split_LEE")}
+    "kept": {
+        f"{level}_{name}": LEVEL_AXES[name] for level in ("rank", "node") for name in ("u_LE", "v_LE", "split_LEE")
+    }
     | {"mu_LE": 2, "nu_LE": 2},
     "touched": {
         f"{level}_{name}": LEVEL_AXES[name]

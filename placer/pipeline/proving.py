@@ -12,10 +12,10 @@ from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
 from solvers.bounds.closed_form import closed_form
 from solvers.result import SolveResult
-from solvers.score import Goal, score
+from solvers.score import Goal, GoalKind, goal_name, score
 from traces.certificate_store import StoredCertificate
 
-__all__ = ["Proof", "certificate_of", "prove"]
+__all__ = ["Proof", "certificate_of", "prove", "stored_certificate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def prove(stored: StoredCertificate, plan: Plan, profile: Profile, cluster: Clus
         gap = 0.0 if scored.objective == 0 else max(0.0, (scored.objective - bound) / abs(scored.objective))
     return Proof(
         kind=certificate.kind,
-        objective_name=certificate.objective_name,
+        objective_name=goal.name,
         proof=certificate.proof,
         bound=bound,
         max_par=stored.max_par,
@@ -93,11 +93,18 @@ def prove(stored: StoredCertificate, plan: Plan, profile: Profile, cluster: Clus
     )
 
 
+def stored_certificate(problem: PlacementProblem, certificate: Certificate) -> StoredCertificate:
+    """The certificate with what it takes to verify it later: the trace, and the cap where its bound needs one."""
+    return StoredCertificate(
+        certificate=certificate,
+        # a price on PAR is the only way in which the cap enters
+        max_par=problem.max_par if certificate.numbers.get("price", 0.0) > 0 else None,
+        trace_sha256=problem.profile.trace_sha256,
+    )
+
+
 def _goal(certificate: Certificate) -> Goal:
-    """The objective that a kind of certificate bounds."""
+    """The objective that a certificate bounds: from its kind and numbers, whatever its texts say."""
     weight = float(certificate.numbers.get("node_weight", 0.0))
-    if certificate.kind == "par":
-        return Goal("par", certificate.objective_name)
-    if certificate.kind == "kept":
-        return Goal("cut", certificate.objective_name, weight)
-    return Goal("nodes" if weight > 0 else "ranks", certificate.objective_name, weight)
+    kind: GoalKind = {"par": "par", "kept": "cut", "touched": "nodes" if weight > 0 else "ranks"}[certificate.kind]  # type: ignore[assignment]
+    return Goal(kind, goal_name(kind, weight), weight)
