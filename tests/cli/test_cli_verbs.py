@@ -146,6 +146,18 @@ def test_solve_with_the_exact_solvers(solver: str) -> None:
     assert (data["solver"], data["status"]) == (solver, "solved")
 
 
+def test_solve_tells_who_improved_what() -> None:
+    """As it happens on standard error, and afterwards to scripts; and stops at the gap asked for."""
+    outcome = placer("solve", TRACE, *CLUSTER, "--json")
+    trail = json.loads(outcome.out)["trail"]
+    assert outcome.notes.splitlines() == [f"note: {line}" for line in trail]
+    assert any(" -> " in line and " after " in line for line in trail)
+    data = run_json("solve", TRACE, *CLUSTER, "--gap", "99%")
+    assert data["stopped_by"] in ("gap", "optimal")
+    assert not any(line.startswith("cpsat") for line in data["trail"])
+    assert run_json("solve", TRACE, *CLUSTER, "--solver", "lpt")["trail"] == []
+
+
 def test_solve_of_counts_has_the_same_keys() -> None:
     data = run_json("solve", "profile.safetensors", *CLUSTER)
     assert set(data) >= SOLVE_KEYS
