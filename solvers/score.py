@@ -4,7 +4,8 @@ The goal follows from how tokens travel:
 
     ranks   per_rank, one network        mean ranks touched
     nodes   per_node, several nodes      ranks touched + w * nodes touched, w the ratio of the links' rates
-    cut     coherent                     share of transitions whose two experts lie on different ranks
+    cut     coherent, one node           share of transitions whose two experts lie on different ranks
+    hops    coherent, several nodes      that, + the share whose two experts lie on different nodes
     par     per_expert, allgather, or a profile without what the others need: mean over layers of max / mean rank load
 
 Means over layers, each layer's tokens counting alike, as the solvers and the certificates have it (which is what
@@ -32,7 +33,11 @@ __all__ = ["Goal", "GoalKind", "Score", "goal_name", "goal_of", "repeats", "scor
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-GoalKind = Literal["ranks", "nodes", "cut", "par"]
+GoalKind = Literal["ranks", "nodes", "cut", "hops", "par"]
+
+HOPS = 1.0
+"""Weight of a cut between nodes on top of the one between ranks: ExFlow's hops, 1 in the node and 2 across."""
+
 TOLERANCE = 1e-9
 
 
@@ -56,9 +61,9 @@ class Score:
 
 def goal_of(problem: PlacementProblem) -> Goal:
     """The objective that the problem's mode and profile call for."""
-    profile, mode = problem.profile, problem.mode
+    profile, cluster, mode = problem.profile, problem.cluster, problem.mode
     if mode == "coherent" and profile.transition_LEE is not None and profile.transition_LEE.any():
-        return Goal("cut", "cut")
+        return Goal("cut", "cut") if cluster.nodes == 1 else Goal("hops", goal_name("hops", HOPS), HOPS)
     if mode in ("per_rank", "per_node", "coherent") and profile.sets:
         weight = node_price(problem)
         kind: GoalKind = "nodes" if weight > 0 else "ranks"
@@ -68,7 +73,9 @@ def goal_of(problem: PlacementProblem) -> Goal:
 
 def goal_name(kind: GoalKind, node_weight: float = 0.0) -> str:
     """What results call an objective; the touching solvers' own names where it is theirs."""
-    base, node = {"par": ("par", ""), "cut": ("cut", "node_cut")}.get(kind, ("ranks_touched", "nodes_touched"))
+    if kind == "par":
+        return "par"
+    base, node = ("cut", "cut_nodes") if kind in ("cut", "hops") else ("ranks_touched", "nodes_touched")
     return f"{base} + {node_weight:.3g} * {node}" if node_weight > 0 else base
 
 
@@ -105,7 +112,7 @@ def score(
     objective = balance
     if touch:
         objective = float(np.mean(costs))
-    elif goal.kind == "cut":
+    elif goal.kind in ("cut", "hops"):
         objective = _cut(problem, share_LRE, goal.node_weight)
     within = problem.max_par is None or balance <= problem.max_par + TOLERANCE
     return Score(objective, balance, within and not repeats(slot_expert_LP, ranks))

@@ -16,7 +16,7 @@ from solvers.score import GoalKind, goal_of
 
 __all__ = ["STAGES", "Stage", "stages_for"]
 
-ALL: tuple[GoalKind, ...] = ("ranks", "nodes", "cut", "par")
+ALL: tuple[GoalKind, ...] = ("ranks", "nodes", "cut", "hops", "par")
 ANY_SIZE = 10**12
 
 
@@ -41,14 +41,15 @@ class Stage:
 
 
 TOUCH: tuple[GoalKind, ...] = ("ranks", "nodes")
+CUT: tuple[GoalKind, ...] = ("cut", "hops")
 
 STAGES: tuple[Stage, ...] = (
     Stage(solver="linear", kind="baseline"),
     Stage(solver="eplb", kind="baseline"),
     Stage(solver="lpt", kind="baseline"),
-    Stage(solver="affinity", kind="search", share=0.8, goals=("cut",), slots="single"),
-    Stage(solver="coactivation", kind="search", share=0.7, goals=(*TOUCH, "cut"), slots="single"),
-    Stage(solver="replicated", kind="search", share=0.8, goals=(*TOUCH, "cut"), slots="redundant", most_ranks=64),
+    Stage(solver="affinity", kind="search", share=0.8, goals=CUT, slots="single"),
+    Stage(solver="coactivation", kind="search", share=0.7, goals=(*TOUCH, *CUT), slots="single"),
+    Stage(solver="replicated", kind="search", share=0.8, goals=(*TOUCH, *CUT), slots="redundant", most_ranks=64),
     Stage(solver="blocks", kind="exact", share=0.6, goals=("ranks",), slots="single", most_groups=300_000),
     Stage(solver="chain", kind="exact", share=0.6, goals=("cut",), slots="single", most_experts=10),
     Stage(solver="cpsat", kind="exact", share=0.6, goals=("ranks", "par"), slots="single", most_experts=12),
@@ -73,7 +74,7 @@ def stages_for(problem: PlacementProblem, stages: tuple[Stage, ...] = STAGES) ->
         and (experts <= stage.most_experts and ranks <= stage.most_ranks and groups <= stage.most_groups)
         and _installed(stage)
     ]
-    if goal == "cut" and any(stage.solver == "affinity" for stage in fitting):
+    if goal in CUT and any(stage.solver == "affinity" for stage in fitting):
         fitting = [stage for stage in fitting if stage.solver != "coactivation"]
     # without expert sets there is no touching to search; a cut may come with transitions alone
     if not problem.profile.sets:

@@ -17,6 +17,13 @@ from traces.certificate_store import StoredCertificate
 
 __all__ = ["Proof", "certificate_of", "prove", "stored_certificate"]
 
+KINDS: dict[str, tuple[GoalKind, GoalKind]] = {
+    "par": ("par", "par"),
+    "kept": ("cut", "hops"),
+    "touched": ("ranks", "nodes"),
+}
+"""The goal that each kind of certificate bounds, without and with a weight of nodes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
@@ -106,5 +113,6 @@ def stored_certificate(problem: PlacementProblem, certificate: Certificate) -> S
 def _goal(certificate: Certificate) -> Goal:
     """The objective that a certificate bounds: from its kind and numbers, whatever its texts say."""
     weight = float(certificate.numbers.get("node_weight", 0.0))
-    kind: GoalKind = {"par": "par", "kept": "cut", "touched": "nodes" if weight > 0 else "ranks"}[certificate.kind]  # type: ignore[assignment]
+    flat, weighted = KINDS[certificate.kind]
+    kind = weighted if weight > 0 else flat
     return Goal(kind, goal_name(kind, weight), weight)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_never_worse_than_any_stage_that_may_replace_it(seed: int, mode: str, ca
 
 def test_on_tiny_problems_it_is_optimal_and_says_so() -> None:
     """CP-SAT ends the gap; the brute force agrees."""
-    problem = problem_of(random_trace(3, experts=6), 3, max_par=1.4)
+    problem = problem_of(random_trace(3, experts=6), 3)
     result = run_solver("auto", problem)
     assert result.stopped_by == "optimal"
     assert result.objective == pytest.approx(best_objective(problem))
@@ -160,6 +161,30 @@ def test_a_search_replaces_a_baseline_and_only_improvements_replace_a_search(mon
     cap = (loads[0] + loads[1]) / 2
     assert winner("search", heavy, "baseline", light, cap) == "second"
     assert winner("baseline", light, "search", heavy, cap) == "first"
+
+
+def test_an_exact_answer_may_not_break_what_the_search_promises_of_unseen_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Better on the profile and within its cap, but unseen requests would be above it; its bound counts."""
+    problem = problem_of(random_trace(1, experts=8), 4)
+    searched = run_solver("coactivation", replace(problem, max_par=1.108), seed=0)
+    exact = run_solver("cpsat", replace(problem, max_par=1.108), seed=0)
+    assert searched.slot_expert_LP is not None
+    assert exact.slot_expert_LP is not None
+    assert exact.objective is not None
+    assert searched.objective is not None
+    assert exact.objective < searched.objective - 1e-3
+    proven = {"solver": "x", "bound": exact.bound, "objective_name": "ranks_touched", "stopped_by": "optimal"}
+    rows = (
+        stand_in_stage(monkeypatch, "first", "search", answering(searched.slot_expert_LP, solver="first")),
+        stand_in_stage(monkeypatch, "second", "exact", answering(exact.slot_expert_LP, **proven)),
+    )
+    use(monkeypatch, *rows)
+    result = solve_portfolio(replace(problem, max_par=1.108))
+    assert (result.solver, result.stopped_by, result.bound) == ("first", "effort", exact.bound)
+    assert any(line.startswith("second: ") and "not used: its PAR on unseen" in line for line in result.trail)
+    assert solve_portfolio(problem).solver == "x", "no cap, no promise"
 
 
 def test_it_stops_at_the_gap_and_not_before_a_search_has_looked(monkeypatch: pytest.MonkeyPatch) -> None:

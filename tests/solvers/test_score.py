@@ -1,10 +1,12 @@
 """The one score of all solvers: what the core says of the same plan, and what the solvers say of their own answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_problems import counts_problem, problem_of, random_trace, without_sets
+from solver_problems import cluster, counts_problem, problem_of, random_trace, without_sets
 
 from placer.core.check import check
 from placer.core.evaluate_profile import evaluate_profile
@@ -13,7 +15,7 @@ from placer.pipeline import make_plan
 from solvers.bounds.closed_form import closed_form
 from solvers.registry import run_solver
 from solvers.result import SolveResult
-from solvers.score import Goal, goal_name, goal_of, repeats, score
+from solvers.score import Goal, goal_of, repeats, score
 from solvers.touch.coactivation import node_price, touch_objective
 
 TRACE = random_trace(0, experts=8, layers=3)
@@ -53,7 +55,8 @@ def random_shares(slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def test_the_score_is_what_the_core_says(seed: int, mode: str, redundant: int, shares: bool, cap: float) -> None:
     """Ranks, nodes, kept share and PAR of evaluate_profile; the cap of check."""
     rng = np.random.default_rng(seed)
-    problem = problem_of(random_trace(seed, experts=8), 4, nodes=2, mode=mode, redundant=redundant, max_par=cap)
+    nodes = 1 if mode == "coherent" else 2
+    problem = problem_of(random_trace(seed, experts=8), 4, nodes=nodes, mode=mode, redundant=redundant, max_par=cap)
     slots = random_slots(problem, rng)
     share = random_shares(slots, rng) if shares else None
     plan = make_plan(problem, answer(slots, share), 0)
@@ -84,7 +87,8 @@ def test_the_goal_follows_the_mode_and_what_is_known() -> None:
     assert goal_of(without_sets(problem_of(TRACE, 4))).kind == "par"
     for problem in (problem_of(TRACE, 4), problem_of(TRACE, 4, nodes=2, mode="per_node")):
         assert goal_of(problem).name == touch_objective(problem)[0]
-    assert goal_name("cut", 0.5) == "cut + 0.5 * node_cut"
+    hops = goal_of(problem_of(TRACE, 4, nodes=2, mode="coherent"))
+    assert (hops.kind, hops.name, hops.node_weight) == ("hops", "cut + 1 * cut_nodes", 1.0)
 
 
 @pytest.mark.parametrize("mode", ["per_rank", "per_node"])
@@ -99,13 +103,15 @@ def test_the_searches_say_of_their_own_answers_what_the_score_says(mode: str) ->
 
 def test_a_cut_by_hand() -> None:
     """Experts 0, 1 | 2, 3 in both layers: what goes from 0 to 3 and back changes rank; on two nodes, node as well."""
-    problem = problem_of(random_trace(1, experts=4, top_k=1), 2, nodes=2, mode="coherent")
+    problem = problem_of(random_trace(1, experts=4, top_k=1), 2, mode="coherent")
+    across = replace(problem, cluster=cluster(2, nodes=2))
     flow = problem.profile.transition_LEE
     assert flow is not None
     slots = np.tile(np.arange(4), (2, 1))
     cut = float(flow[0][:2, 2:].sum() + flow[0][2:, :2].sum()) / float(flow.sum())
     assert score(problem, slots).objective == pytest.approx(cut)
-    assert score(problem, slots, goal=Goal("cut", "x", 3.0)).objective == pytest.approx(4 * cut)
+    assert score(across, slots).objective == pytest.approx(2 * cut)
+    assert score(across, slots, goal=Goal("hops", "x", 3.0)).objective == pytest.approx(4 * cut)
 
 
 def test_a_repeated_expert_is_not_feasible() -> None:
