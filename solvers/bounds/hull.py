@@ -158,8 +158,6 @@ def value(
         for v in range(last):
             p0, p1 = pairs_KV[size, v], pairs_KV[size, v + 1]
             if p0 <= pairs_H[h] <= p1:
-                touched = groups_KV[size, v] + (groups_KV[size, v + 1] - groups_KV[size, v]) * (pairs_H[h] - p0) / (
-                    p1 - p0
-                )
+                touched = groups_KV[size, v] + (groups_KV[size, v + 1] - groups_KV[size, v]) * (pairs_H[h] - p0) / (p1 - p0)
         total += weight_H[h] * touched
     return total
