@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from placer.core.errors import UsageError
 from placer.core.problem import PlacementProblem
 from solvers.result import SolveResult
 
-__all__ = ["SOLVERS", "SolverInfo", "choose_solver", "run_solver"]
+__all__ = ["SOLVERS", "SolverInfo", "run_solver"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,6 @@ SOLVERS: dict[str, SolverInfo] = {
 }
 
 
-def choose_solver(problem: PlacementProblem) -> str:
-    """The solver `auto` stands for: co-activation where the mode de-duplicates and the profile has expert sets."""
-    locality = problem.mode in ("per_rank", "per_node", "coherent")
-    if not locality or not problem.profile.sets:
-        return "lpt"
-    if problem.redundant == 0:
-        return "coactivation"
-    return "replicated" if problem.cluster.num_ranks <= 64 else "lpt"
-
-
 def run_solver(
     name: str,
     problem: PlacementProblem,
@@ -107,17 +98,21 @@ def run_solver(
     gap: float = 0.0,
     start_LP: npt.NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> SolveResult:
     """Runs one solver from `start_LP` (a placement, or None) until it is done, within `gap` or out of time.
 
-    In `coherent` mode its ranks, unless it is a baseline, are then aligned over layers. Raises UsageError for a name
-    that is not known.
+    "auto" is the portfolio (`solvers.portfolio`), which returns in the name of the solver that found the placement and
+    tells `note` who improved what. In `coherent` mode a solver's ranks, unless it is a baseline, are then aligned over
+    layers. Raises UsageError for a name that is not known.
     """
-    name = choose_solver(problem) if name == "auto" else name
+    given = {"seed": seed, "time_limit_s": time_limit_s, "gap": gap, "start_LP": start_LP, "progress": progress}
+    if name == "auto":
+        solve_all = import_module("solvers.portfolio").solve_portfolio
+        return cast(SolveResult, solve_all(problem, **given, note=note))
     if name not in SOLVERS:
         raise UsageError(f"solver {name!r} is not known; use auto or one of {', '.join(SOLVERS)}")
     info = SOLVERS[name]
-    given = {"seed": seed, "time_limit_s": time_limit_s, "gap": gap, "start_LP": start_LP, "progress": progress}
     solve = getattr(import_module(info.module), info.function)
     result: SolveResult = solve(problem, **{key: given[key] for key in info.takes})
     transitions = problem.profile.transition_LEE

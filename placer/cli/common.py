@@ -140,8 +140,8 @@ def progress_line(what: str) -> Callable[[int, int], None]:
 
 
 def status_line(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
+    """One line of progress on standard error, in place of a progress line half-written on a terminal."""
+    sys.stderr.write(("\r\033[K" if sys.stderr.isatty() else "") + text.rstrip("\n") + "\n")
     sys.stderr.flush()
 
 

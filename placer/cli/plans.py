@@ -21,6 +21,7 @@ from placer.cli.common import (
     read_source,
     require_distinct,
     require_parent,
+    status_line,
     warn,
 )
 
@@ -77,18 +78,24 @@ def solve(
     gap: Annotated[str, typer.Option(help="Stop when proven within this share of the best: 1%.")] = "0%",
     seed: Annotated[int, typer.Option(help="Same seed, same plan (unless the time limit stops the search).")] = 0,
     current: Annotated[Path | None, typer.Option("--from", help="A plan to start from.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Also write what proves the bound, for `placer check --certificate`.")
+    ] = None,
     model: ModelFlag = None,
     config: ConfigFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Finds a placement, with a lower bound and the gap to it. Exit code 5: no placement meets the limits."""
+    """Finds a placement, a lower bound and the gap to it. Ctrl-C keeps the best so far. Exit code 5: none possible."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
+    from placer.pipeline import certificate_of, stored_certificate
     from placer.pipeline import solve as run
+    from traces.certificate_store import save_certificate
 
-    if output is not None:
-        require_parent(output)
-    require_distinct(output, inputs=(source, current))
+    for path in (output, certificate):
+        if path is not None:
+            require_parent(path)
+    require_distinct(output, certificate, inputs=(source, current))
     settings = load_settings(config)
     solved = run(
         read_source(source, model),
@@ -104,11 +111,19 @@ def solve(
         profile_settings=settings.profile,
         solve_settings=settings.solve,
         progress=progress_line("solving"),
+        note=lambda line: status_line(f"note: {line}"),
     )
+    result, judged = solved.result, asdict(solved.evaluation)
     if output is not None:
         solved.plan.save(output)
     warn(solved.warnings)
-    result, judged = solved.result, asdict(solved.evaluation)
+    written = [output] if output else []
+    if certificate is not None:
+        proof, weaker = certificate_of(solved.problem, result)
+        warn(weaker)
+        if proof is not None:
+            save_certificate(stored_certificate(solved.problem, proof), certificate)
+            written.append(certificate)
     data: dict[str, Any] = {
         "solver": result.solver,
         "status": result.status,
@@ -124,11 +139,13 @@ def solve(
         **judged,
         "seed": seed,
         "plan": None if output is None else str(output),
+        "certificate": str(certificate) if certificate in written else None,
+        "trail": list(result.trail),
         "message": result.message,
     }
     if output is None:
         data["plan"] = json.loads(solved.plan.to_json())
-    emit(as_json, data, _solved_tables(data), (f"wrote {output}",) if output else ())
+    emit(as_json, data, _solved_tables(data), tuple(f"wrote {path}" for path in written))
 
 
 JUDGED = ("ranks_touched", "nodes_touched", "copies_sent", "par", "par_window_mean", "par_window_p99", "kept")
@@ -147,12 +164,24 @@ def _judged_table(title: str, judged: dict[str, Any]) -> Any:
     return DataTable(title=f"{title}, judged on this trace", columns=("what", "value"), rows=rows)
 
 
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.3g} %"
+
+
+def _proof_table(title: str, proof: dict[str, Any]) -> Any:
+    from placer.report.tables import DataTable, format_cell
+
+    keys = ("objective_name", "objective", "bound", "gap", "max_par", "proof")
+    rows = tuple((key, format_cell(_percent(proof[key]) if key == "gap" else proof[key])) for key in keys)
+    return DataTable(title=f"{title}, verified on this trace", columns=("what", "value"), rows=rows)
+
+
 def _solved_tables(data: dict[str, Any]) -> Any:
     from placer.report.tables import DataTable, format_cell
 
     keys = ("solver", "status", "stopped_by", "objective_name", "objective", "bound", "bound_by", "gap", "seconds")
     rows = [(key, data[key]) for key in keys]
-    rows[keys.index("gap")] = ("gap", None if data["gap"] is None else f"{100 * data['gap']:.3g} %")
+    rows[keys.index("gap")] = ("gap", _percent(data["gap"]))
     rows += _judged_rows(data)
     cells = tuple((key, format_cell(value)) for key, value in rows)
     notes = (data["message"],) if data["message"] else ()
@@ -166,14 +195,18 @@ def check(
     max_par: Annotated[float | None, typer.Option(help="Also refuse a plan whose PAR is above this.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="A plan that this one may not be worse than.")] = None,
     max_regression: Annotated[str, typer.Option(help="How much worse it may be: 2%.")] = "2%",
+    certificate: Annotated[
+        Path | None, typer.Option(help="What `placer solve --certificate` wrote: verified, and the gap shown.")
+    ] = None,
     model: ModelFlag = None,
     config: ConfigFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Says whether a plan is legal and, with --baseline, no worse. Exit code 6: illegal; 7: a regression."""
+    """Says whether a plan is legal and, with --baseline, no worse. Exit code 6: illegal, unproven; 7: a regression."""
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
     from placer.pipeline import check_plan
+    from traces.certificate_store import load_certificate
 
     settings = load_settings(config)
     report = check_plan(
@@ -185,6 +218,7 @@ def check(
         max_regression=parse_share(max_regression, "--max-regression"),
         profile_settings=settings.profile,
         solve_settings=settings.solve,
+        certificate=None if certificate is None else load_certificate(certificate),
     )
     warn(report.warnings)
     data = {
@@ -194,8 +228,11 @@ def check(
         "regressions": list(report.regressions),
         "warnings": list(report.warnings),
         "evaluation": None if report.evaluation is None else asdict(report.evaluation),
+        "certificate": None if report.proof is None else asdict(report.proof),
     }
     tables = () if report.evaluation is None else (_judged_table(str(plan), asdict(report.evaluation)),)
+    if report.proof is not None:
+        tables += (_proof_table(str(certificate), asdict(report.proof)),)
     emit(as_json, data, tables, () if report.violations else (f"{plan}: legal",))
     report.raise_for_status()
 

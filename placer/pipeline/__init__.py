@@ -5,6 +5,7 @@ RoutingTrace -> Profile -> PlacementProblem -> SolveResult -> Plan -> check, sim
 
 from placer.pipeline.checking import CheckReport, check_plan
 from placer.pipeline.planning import BASELINES, DEFAULT_CAP, Solved, judge, make_plan, solve
+from placer.pipeline.proving import Proof, certificate_of, prove, stored_certificate
 from placer.pipeline.sources import model_of_plan, open_source, open_trace, profile_of, sources_of, warn_mismatch
 from placer.pipeline.timelines import measure, predict
 
@@ -12,7 +13,9 @@ __all__ = [
     "BASELINES",
     "DEFAULT_CAP",
     "CheckReport",
+    "Proof",
     "Solved",
+    "certificate_of",
     "check_plan",
     "judge",
     "make_plan",
@@ -22,7 +25,9 @@ __all__ = [
     "open_trace",
     "predict",
     "profile_of",
+    "prove",
     "solve",
     "sources_of",
+    "stored_certificate",
     "warn_mismatch",
 ]

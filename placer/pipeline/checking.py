@@ -12,19 +12,22 @@ from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
 from placer.pipeline.planning import judge
+from placer.pipeline.proving import Proof, prove
 from placer.pipeline.sources import Source, profile_of, warn_mismatch
+from traces.certificate_store import StoredCertificate
 
 __all__ = ["CheckReport", "check_plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """Broken rules, regressions against a baseline, and what the plan does."""
+    """Broken rules, regressions against a baseline, what the plan does, and how near to the best it is proven."""
 
     violations: tuple[Violation, ...]
     regressions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     evaluation: Evaluation | ProfileEvaluation | None = field(default=None)
+    proof: Proof | None = None
 
     def raise_for_status(self) -> None:
         """Raises ViolationError or RegressionError with one line per finding."""
@@ -44,10 +47,12 @@ def check_plan(
     max_regression: float = 0.02,
     profile_settings: ProfileSettings | None = None,
     solve_settings: SolveSettings | None = None,
+    certificate: StoredCertificate | None = None,
 ) -> CheckReport:
-    """Is the plan legal for this trace and cluster, and no worse than `baseline` on it.
+    """Is the plan legal for this trace and cluster, no worse than `baseline` on it, and what `certificate` proves.
 
     A regression is PAR, ranks touched or predicted iteration time more than `max_regression` above the baseline's.
+    Raises ViolationError for a certificate that does not prove what it claims, MismatchError for one that does not fit.
     """
     settings, counting = solve_settings or SolveSettings(), profile_settings or ProfileSettings()
     profile = profile_of(source, counting)
@@ -70,7 +75,14 @@ def check_plan(
                     f"{name} is {new:.4g}, the baseline has {old:.4g}: {100 * (new / old - 1):.1f} % worse, "
                     f"at most {100 * max_regression:g} % is allowed"
                 )
-    return CheckReport(violations=(), regressions=tuple(regressions), warnings=tuple(warnings), evaluation=judged)
+    proof = None if certificate is None else prove(certificate, plan, profile, cluster)
+    return CheckReport(
+        violations=(),
+        regressions=tuple(regressions),
+        warnings=(*warnings, *(() if proof is None else proof.warnings)),
+        evaluation=judged,
+        proof=proof,
+    )
 
 
 def _figure(evaluation: Evaluation | ProfileEvaluation, name: str, mode: str) -> float | None:

@@ -1,5 +1,6 @@
 """From a source to a plan: the problem, the solver, the check, and the judgement on the same requests or others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,8 +85,11 @@ def solve(
     profile_settings: ProfileSettings | None = None,
     solve_settings: SolveSettings | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Solved:
     """Plans on all the requests in `source` and judges on the same; judge on others with `judge`.
+
+    `note` is told who improved the plan, and by how much, while solver "auto" runs.
 
     `max_par` "auto" is 1.10, or 5 % above the proven least PAR where that is more; None or inf is no cap.
     Raises InfeasibleError, SolverError, UsageError. A plan that comes back is legal, but baseline solvers may leave the
@@ -116,13 +120,15 @@ def solve(
     if mode == "allgather":
         warnings.append("allgather sends every token to every rank: placement can gain balance only, not locality")
     result = run_solver(
-        solver, problem, seed=seed, time_limit_s=time_limit_s, gap=gap, start_LP=start, progress=progress
+        solver, problem, seed=seed, time_limit_s=time_limit_s, gap=gap, start_LP=start, progress=progress, note=note
     )
-    if start is not None and "start_LP" not in SOLVERS[result.solver].takes:
+    if result.stopped_by == "interrupt":
+        warnings.append("interrupted: this is the best plan found so far")
+    if start is not None and solver != "auto" and "start_LP" not in SOLVERS[solver].takes:
         warnings.append(f"solver {result.solver} starts afresh; --from is not used")
     plan = make_plan(problem, result, seed)
     for violation in check(problem, plan):
-        baseline = result.solver in BASELINES
+        baseline = solver in BASELINES
         if violation.code == "max-par" and max_par == "auto":
             # nobody asked for this cap: a baseline is shown as it is, a solver did what it could
             warnings += [] if baseline else [f"the default load cap is not met: {violation.message}"]

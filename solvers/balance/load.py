@@ -14,7 +14,7 @@ __all__ = ["load_result", "max_load_bound", "mean_par", "par_bound", "rank_load_
 FloatArray = npt.NDArray[np.float64]
 
 
-def rank_load_LR(load_LE: npt.NDArray[np.integer], slot_expert_LP: npt.NDArray[np.int64], num_ranks: int) -> FloatArray:
+def rank_load_LR(load_LE: npt.NDArray[np.number], slot_expert_LP: npt.NDArray[np.int64], num_ranks: int) -> FloatArray:
     """Expected load of each rank when the replicas of an expert share its tokens equally, (L, R)."""
     layers, experts = load_LE.shape
     rows = np.arange(layers)[:, None]

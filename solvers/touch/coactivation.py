@@ -24,6 +24,7 @@ from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from solvers.balance.lpt import lpt_slots
+from solvers.interrupts import interruptible
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
@@ -85,7 +86,8 @@ def solve_coactivation(
     estimate of the best balanced placement where the requests differ too much for the cap. PAR on the requests seen is
     under the cap always.
     Objective: mean over layers and tokens of ranks touched, in `per_node` mode plus nodes touched at the links' price.
-    Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it.
+    Guarantee: none beyond the bound; deterministic for a seed unless the time limit stops it. Ctrl-C
+    ends the search with the best so far.
     Complexity: O(L * VISITS_PER_LAYER). Raises UsageError without expert sets, InfeasibleError for an impossible cap.
     """
     started = time.perf_counter()
@@ -127,32 +129,35 @@ def solve_coactivation(
         scan = [prices for prices in (scan or [(0.0, 0.0)]) if prices[0] in (0.0, SCAN_PRICES[1], SCAN_PRICES[3])]
     total = layers * (len(scan) + (len(REFINE_FACTORS) if scan else 1))
     done = 0
-    for phase in ("scan", "refine"):
-        share, steps = 0.04, scan
-        if phase == "refine":
-            par_price, window_price = implied_prices(pools, cap, cap_window)
-            free = par_price <= 0 and window_price <= 0
-            steps = [(par_price * f, window_price * f) for f in ((0.0,) if free else REFINE_FACTORS)]
-            share = 0.8 if free else 0.27
-        for index, prices in enumerate(steps):
-            chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
-            if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen, cap_window):
-                stopped_by = "gap"
-                break
-            for layer, item in enumerate(prepared):
-                if time.perf_counter() - started > time_limit_s:
-                    stopped_by = "time_limit"
+    with interruptible() as interrupt:
+        for phase in ("scan", "refine"):
+            share, steps = 0.04, scan
+            if phase == "refine":
+                par_price, window_price = implied_prices(pools, cap, cap_window)
+                free = par_price <= 0 and window_price <= 0
+                steps = [(par_price * f, window_price * f) for f in ((0.0,) if free else REFINE_FACTORS)]
+                share = 0.8 if free else 0.27
+            for index, prices in enumerate(steps):
+                chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
+                if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen, cap_window):
+                    stopped_by = "gap"
                     break
-                begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
-                rng = np.random.default_rng([seed, phase == "refine", index, layer])
-                begin_E = begin.placement
-                if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
-                    begin_E = _anneal(problem, item, begin_E, 0.0, prices, PAIR_VALUE, share, rng)
-                found_E = _anneal(problem, item, begin_E, node_weight, prices, 0.0, share, rng)
-                pools[layer].append(_candidate(problem, item, found_E, node_weight))
-                done += 1
-                if progress:
-                    progress(done, total)
+                for layer, item in enumerate(prepared):
+                    if time.perf_counter() - started > time_limit_s:
+                        stopped_by = "time_limit"
+                        break
+                    begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
+                    rng = np.random.default_rng([seed, phase == "refine", index, layer])
+                    begin_E = begin.placement
+                    if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
+                        begin_E = _anneal(problem, item, begin_E, 0.0, prices, PAIR_VALUE, share, rng)
+                    found_E = _anneal(problem, item, begin_E, node_weight, prices, 0.0, share, rng)
+                    pools[layer].append(_candidate(problem, item, found_E, node_weight))
+                    done += 1
+                    if progress:
+                        progress(done, total)
+    if interrupt.happened:
+        stopped_by = "interrupt"
     chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
     rank_LE = np.stack([candidate.placement for candidate in chosen])
     objective = _cost(chosen)

@@ -33,49 +33,85 @@ def names(folder: Path) -> set[str]:
 INTERRUPTED_SOLVE = """
 import os, signal, sys, threading
 import solvers.registry as registry
-
-real = registry.run_solver
+{patch}
 
 def interrupt():
     # once the solver is at work
     threading.Timer({delay}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
-def run_solver(*arguments, **options):
+real = {module}.{name}
+
+def stand_in(*arguments, **options):
     interrupt()
     return real(*arguments, **options)
 
-registry.run_solver = run_solver
+{module}.{name} = stand_in
 sys.argv = ["placer", "solve", "big.safetensors", "--cluster", "node8", "-o", "new.json", "--solver", {solver!r},
             "--max-par", "1.5", "--time", "300s"]
 from placer.cli import main
 main()
 """
 
+SEARCH = {"module": "coactivation", "name": "solve_coactivation", "delay": 0.7}
+AGAIN = """
+import placer.pipeline.planning as planning
 
-@pytest.mark.parametrize("solver", ["coactivation", "cpsat"])
-def test_ctrl_c_while_solving(solver: str, work: Path) -> None:
-    """In compiled code (coactivation) and while a child process works (cpsat): 130, one line, no file, no child."""
+def make_plan(*arguments):
+    # the second Ctrl-C, while the incumbent becomes a plan
+    os.kill(os.getpid(), signal.SIGINT)
+    raise AssertionError("not interrupted")
+
+planning.make_plan = make_plan
+"""
+
+
+def interrupted(solver: str, patch: str = "", **stand_in: object) -> "subprocess.CompletedProcess[str]":
+    """`placer solve` of a large trace with `solver`, sent SIGINT soon after the solver has begun."""
     from traces.store import save_trace
     from traces.synthetic import synthesize
 
     sizes = {"num_layers": 24, "num_experts": 64, "top_k": 8, "num_tokens": 6000, "num_requests": 50}
     save_trace(synthesize(**sizes, seed=0), Path("big.safetensors"))
-    before = names(work)
-    program = INTERRUPTED_SOLVE.format(solver=solver, delay=0.7)
     # a shell's background job ignores SIGINT, and its children with it
-    done = subprocess.run(
-        [sys.executable, "-c", program],
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_SOLVE.format(solver=solver, patch=patch, **stand_in)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_ctrl_c_with_nothing_to_keep(work: Path) -> None:
+    """While a child process works (cpsat): 130, one line, no file, no child."""
+    before = names(work)
+    done = interrupted("cpsat", module="registry", name="run_solver", delay=0.7)
     assert done.returncode == 130, done.stderr
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == "placer: interrupted; nothing was left half-written"
     assert "Traceback" not in done.stderr
-    assert names(work) == before
+    assert names(work) - before == {"big.safetensors"}
+
+
+@pytest.mark.parametrize("solver", ["auto", "coactivation"])
+def test_ctrl_c_keeps_the_best_so_far(solver: str, work: Path) -> None:
+    """In compiled code: the search's plan so far is written, with a warning; a legal plan that says why it stopped."""
+    done = interrupted(solver, "import solvers.touch.coactivation as coactivation", **SEARCH)
+    assert done.returncode == 0, done.stderr
+    assert "warning: interrupted: this is the best plan found so far" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "stopped_by" in done.stdout
+    assert '"stopped_by": "interrupt"' in Path("new.json").read_text()
+    assert placer("check", "new.json", "--trace", "big.safetensors", "--cluster", "node8", "--max-par", "1.5").code == 0
+
+
+def test_a_second_ctrl_c_ends_it(work: Path) -> None:
+    before = names(work)
+    done = interrupted("auto", "import solvers.touch.coactivation as coactivation" + AGAIN, **SEARCH)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "placer: interrupted; nothing was left half-written"
+    assert names(work) - before == {"big.safetensors"}
 
 
 def raising(error: BaseException, cause: BaseException | None = None) -> Callable[..., None]:

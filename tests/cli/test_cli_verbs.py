@@ -23,6 +23,7 @@ SOLVE_KEYS = {
 
 MORE_SOLVE_KEYS = {
     "objective_name", "bound_by", "mode", "max_par", "tokens", "copies_sent", "par_max", "iteration_us", "message",
+    "certificate", "trail",
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -143,6 +144,18 @@ def test_solve_with_the_exact_solvers(solver: str) -> None:
     data = run_json("solve", "tiny.npz", "--cluster", "node2", "--solver", solver, "--time", "10s", "--max-par", "inf")
     assert set(data) == SOLVE_KEYS | MORE_SOLVE_KEYS
     assert (data["solver"], data["status"]) == (solver, "solved")
+
+
+def test_solve_tells_who_improved_what() -> None:
+    """As it happens on standard error, and afterwards to scripts; and stops at the gap asked for."""
+    outcome = placer("solve", TRACE, *CLUSTER, "--json")
+    trail = json.loads(outcome.out)["trail"]
+    assert outcome.notes.splitlines()[-len(trail) :] == [f"note: {line}" for line in trail]
+    assert any(" -> " in line and " after " in line for line in trail)
+    data = run_json("solve", TRACE, *CLUSTER, "--gap", "99%")
+    assert data["stopped_by"] in ("gap", "optimal")
+    assert not any(line.startswith("cpsat") for line in data["trail"])
+    assert run_json("solve", TRACE, *CLUSTER, "--solver", "lpt")["trail"] == []
 
 
 def test_solve_of_counts_has_the_same_keys() -> None:
