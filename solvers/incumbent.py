@@ -4,8 +4,8 @@ Whose answer is kept. A placement under the load cap beats one above it. Else, w
 answer of a search replaces any baseline's, even one that looks better: searches keep the cap on requests not seen yet
 as well (they start from the incumbent, so they take it where it keeps that promise), baselines ignore it. After that
 only searches can improve on it, and exact solvers, which ignore it too, where the PAR to be expected of unseen requests
-and the PAR in windows are within their caps or no more than before. Else the lower objective wins, and the earlier answer on a tie. A bound counts
-whoever's placement is kept: it is about all placements that keep the cap on the profile.
+and the PAR in windows are within their caps or no more than before. Else the lower objective wins, and the earlier
+answer on a tie. A bound counts whoever's placement is kept: it is about all that keep the cap on the profile.
 
 Legend: L layers, E experts, P slots, R ranks, B draws of the load.
 """
@@ -113,7 +113,7 @@ class Incumbent:
             self.take_bound(result.bound, result.bound_by or result.solver, result.certificate)
 
     def breaks_promise(self, answer: Answer, before: Answer) -> bool:
-        """Whether unseen requests, or windows, are above their cap, and further above it than with a search's answer."""
+        """Whether unseen requests, or windows, are above their cap and further above it than with a search's."""
         cap = self.problem.max_par
         if cap is None or before.kind == "baseline" or not before.score.feasible or self.goal.kind == "par":
             return False

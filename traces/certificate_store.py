@@ -36,6 +36,7 @@ KNOWN: dict[str, dict[str, int]] = {
         for name in ("slope_H", "u_LE", "spectrum_LEE", "triangle_N4", "tau_N")
     }
     | {"load_q_LE": 2},
+    "blocks": {"block_price_LME": 3, "block_threshold_LM": 2},
 }
 """Arrays of each kind and their number of axes, as placer.core.certificates has them."""
 

@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[GoalKind, GoalKind]] = {
     "par": ("par", "par"),
     "kept": ("cut", "hops"),
     "touched": ("ranks", "nodes"),
+    "blocks": ("ranks", "nodes"),
 }
 """The goal that each kind of certificate bounds, without and with a weight of nodes."""
 

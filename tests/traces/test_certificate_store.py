@@ -146,3 +146,13 @@ def test_every_field_is_looked_at(
         load_certificate(tmp_path / "x")
     assert says in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'x'}: ")
+
+
+def test_every_kind_can_be_stored_and_set_beside_a_plan() -> None:
+    from typing import get_args
+
+    from placer.core.certificates.certificate import CertificateKind
+    from placer.pipeline.proving import KINDS
+    from traces.certificate_store import KNOWN
+
+    assert set(KNOWN) == set(KINDS) == set(get_args(CertificateKind))
