@@ -30,8 +30,8 @@ SPECTRUM_EXPERTS = 128
 SLOPE_STEP = 0.3
 SHARE_REACH = 0.9
 REACH = 1.5
-BOX_STEP, DIAGONAL_STEP, TRIANGLE_STEP, LOAD_STEP, ROW_STEP, COPY_STEP = 0.3, 0.6, 0.03, 0.3, 0.5, 0.5
-SEPARATE_EVERY = 100
+BOX_STEP, DIAGONAL_STEP, TRIANGLE_STEP, LOAD_STEP, ROW_STEP, COPY_STEP = 0.6, 1.0, 0.03, 0.3, 0.5, 0.5
+SEPARATE_EVERY = 50
 TRIANGLES_PER_EXPERT = 20
 
 
@@ -40,6 +40,7 @@ class Multipliers:
     """A dual point of one layer, per token: what it proves is `base` + max(0, price - load used)."""
 
     base: float
+    paired: bool
     slopes: FloatArray
     rows_E: FloatArray
     spectrum_EE: FloatArray | None
@@ -123,7 +124,7 @@ class LayerSearch:
     """The search for one layer and one level (ranks or nodes); `best` is the best dual point seen at any price."""
 
     def __init__(
-        self, sets: ExpertSets, load_E: FloatArray, groups: int, capacity: int, redundant: int, ranks: int
+        self, sets: ExpertSets, load_E: FloatArray, *, groups: int, capacity: int, redundant: int, ranks: int
     ) -> None:
         weight_H = sets.weight_H.astype(np.float64)
         self.tokens = max(1.0, float(weight_H.sum()))
@@ -235,6 +236,7 @@ class LayerSearch:
             base -= float(rest_EE.sum()) / 2
         return Multipliers(
             base=base,
+            paired=isinstance(self.block, _PairSlopes),
             slopes=self.block.slopes.copy(),
             rows_E=rows_E,
             spectrum_EE=spectrum_EE,

@@ -21,8 +21,10 @@ The load enters through a price per unit of PAR that is the same for all layers,
 mean of touched >= mean over layers of min(touched + price * PAR) - price * cap, with PAR >= 1 for what q leaves unused.
 
 With redundant slots two experts are "together" where some rank holds both; an expert with n replicas has at most
-n (S - 1) others beside it (S slots a rank, D redundant): u >= 0, no triangle, spectrum, load; (C - 1) sum u becomes
-(S - 1) (sum u + D max u). No replica choice can do better than to use every pair that is together.
+min(n (S - 1), E - 1) others beside it (S slots a rank) and n <= G, and all experts together have D replicas: u >= 0, no
+triangle, spectrum, load; (C - 1) sum u becomes the most that sum_e u_e min(n_e (S - 1), E - 1) can be, which replicas
+given one by one to where they add most reach, as it is concave. No replica choice can do better than to use every pair
+that is together.
 
 Arrays: rank_slope_HK (slopes per member) or rank_slope_HQ (per pair), all layers' sets end to end, any sign without and
 >= 0 with redundant slots, pairs of absent members 0; rank_u_LE (L, E), rank_spectrum_LEE (L, E, E), rank_triangle_N4
@@ -102,7 +104,7 @@ def _level(
             slope = slope_HQ[rows]
             intercept_H = pair_intercepts(sets.expert_HK, slope, capacity, groups)
         together_EE = together_weights(sets.expert_HK, weight_H, slope, experts)
-        most = (capacity - 1) * (float(u_LE[layer].sum()) + redundant * float(u_LE[layer].max()))
+        most = _rows_cost(u_LE[layer], capacity - 1, redundant, groups)
         rest = together_EE - u_LE[layer][:, None] - u_LE[layer][None, :] - charge_LEE[layer]
         cross = q_LE[layer][:, None] * share_LE[layer][None, :] * tokens
         rest -= cross + cross.T
@@ -132,6 +134,16 @@ def _slopes(
     if f"{level}_slope_HK" in arrays:
         raise ViolationError(f"certificate has both {level}_slope_HK and {level}_slope_HQ; give one")
     return None, multiplier(arrays, f"{level}_slope_HQ", (sets, top_k * (top_k - 1) // 2), sign=sign)
+
+
+def _rows_cost(u_E: FloatArray, room: int, redundant: int, groups: int) -> float:
+    """Most that the multipliers of the rows can weigh: `room` others for every copy of an expert."""
+    if redundant == 0:
+        return room * float(u_E.sum())
+    others = len(u_E) - 1
+    cost = min(room, others) * float(u_E.sum())
+    gain = [u_E * min(room, max(0, others - copies * room)) for copies in range(1, groups)]
+    return cost + float(np.sort(np.concatenate([*gain, np.zeros(redundant)]))[::-1][:redundant].sum())
 
 
 def _triangles(
