@@ -112,7 +112,7 @@ def slopes_towards(
     groups_KV: FloatArray,
     count_K: IntArray,
 ) -> FloatArray:  # pragma: no cover - compiled
-    """argmax over b of intercept(b) - b * pairs - (b - slope)^2 / (2 step), for each set: the proximal step of a slope."""
+    """argmax over b of intercept(b) - b * pairs - (b - slope)^2 / (2 step), for each set: a slope's proximal step."""
     moved_H = np.empty_like(slope_H)
     for h in range(len(slope_H)):
         size = size_H[h]
@@ -158,6 +158,8 @@ def value(
         for v in range(last):
             p0, p1 = pairs_KV[size, v], pairs_KV[size, v + 1]
             if p0 <= pairs_H[h] <= p1:
-                touched = groups_KV[size, v] + (groups_KV[size, v + 1] - groups_KV[size, v]) * (pairs_H[h] - p0) / (p1 - p0)
+                touched = groups_KV[size, v] + (groups_KV[size, v + 1] - groups_KV[size, v]) * (pairs_H[h] - p0) / (
+                    p1 - p0
+                )
         total += weight_H[h] * touched
     return total

@@ -22,7 +22,7 @@ Sets = npt.NDArray[np.int16]
 
 
 class Partitions:
-    """Partitions for each pattern of absent members: together_MVQ 0 or 1, groups_MV, count_M; pattern_H of every set."""
+    """Partitions for each pattern of absent members: together_MVQ 0 or 1, groups_MV, count_M; pattern_H of all sets."""
 
     def __init__(self, together_MVQ: FloatArray, groups_MV: FloatArray, count_M: IntArray, pattern_H: IntArray) -> None:
         self.together_MVQ, self.groups_MV, self.count_M, self.pattern_H = together_MVQ, groups_MV, count_M, pattern_H
@@ -154,7 +154,7 @@ def step_members(
 ) -> FloatArray:  # pragma: no cover - compiled
     """One proximal step of every member's slope, in place; what slopes amount to on each pair of experts, (E, E).
 
-    The new slope b maximises  min over m of (1 / m + b (m - 1)) - b others - (b - old)^2 / (2 step):  vertex m is active
+    The new slope b maximises min over m of (1 / m + b (m - 1)) - b others - (b - old)^2 / (2 step); vertex m is active
     for slopes between 1 / (m (m + 1)) and 1 / (m (m - 1)).
     """
     experts = len(same_EE)

@@ -1,7 +1,7 @@
 """Row relaxation of equipartitions: every expert shares its group with at most `room` others, each at most once.
 
-For many experts, where eigenvalues cost too much, and for replicas, where there is no equipartition. Its dual is that of
-a fractional b-matching: room * sum u + sum of max(0, weight - u_e - u_f).
+For many experts, where eigenvalues cost too much, and for replicas, where there is no equipartition. Its dual is that
+of a fractional b-matching: room * sum u + sum of max(0, weight - u_e - u_f).
 
 Legend: E experts.
 """

@@ -29,8 +29,9 @@ MOST_PAIRED = 5
 SPECTRUM_EXPERTS = 128
 SLOPE_STEP = 0.3
 SHARE_REACH = 0.9
-REACH = 1.5
-BOX_STEP, DIAGONAL_STEP, TRIANGLE_STEP, LOAD_STEP, ROW_STEP, COPY_STEP = 0.6, 1.0, 0.03, 0.3, 0.5, 0.5
+REACH = 1.0
+BOX_STEP, DIAGONAL_STEP, TRIANGLE_STEP, LOAD_STEP, ROW_STEP, COPY_STEP = 0.6, 1.0, 0.03, 0.3, 0.2, 0.2
+CALM = 0.6
 SEPARATE_EVERY = 50
 TRIANGLES_PER_EXPERT = 20
 
@@ -75,7 +76,9 @@ class _PairSlopes:
         self.slopes = np.zeros((len(self.weight_H), top_k * (top_k - 1) // 2))
         live_HV = np.arange(found.groups_MV.shape[1]) < found.count_M[found.pattern_H][:, None]
         self.share_HV = live_HV / found.count_M[found.pattern_H][:, None]
-        norm_M = np.array([np.linalg.norm(together_VQ, 2) if together_VQ.size else 0.0 for together_VQ in found.together_MVQ])
+        norm_M = np.array(
+            [np.linalg.norm(together_VQ, 2) if together_VQ.size else 0.0 for together_VQ in found.together_MVQ]
+        )
         self.share_step_M = SHARE_REACH / (SLOPE_STEP * np.maximum(1.0, norm_M) ** 2)
 
     def step(self, same_EE: FloatArray) -> FloatArray:
@@ -139,11 +142,10 @@ class LayerSearch:
             self.block = _PairSlopes(sets.expert_HK, weight_H, capacity, groups, least)
         else:
             self.block = _MemberSlopes(sets.expert_HK, weight_H, capacity, groups)
-        heaviest = float(
-            pair_weights_of_slopes(sets.expert_HK, weight_H, np.ones(len(weight_H)), experts).max()
-        )
-        self.trivial = heaviest == 0.0 or groups == 1
+        heaviest = float(pair_weights_of_slopes(sets.expert_HK, weight_H, np.ones(len(weight_H)), experts).max())
+        self.trivial = heaviest == 0.0 or groups == 1 or capacity == 1
         self.step_x = REACH / (SLOPE_STEP * max(heaviest, 1e-12))
+        self.dual_step = 1.0 / self.step_x
         self.off_EE = 1.0 - np.eye(experts)
         self.same_EE = self.off_EE * (capacity - 1) / max(1, experts - 1) + (np.eye(experts) if self.spectral else 0.0)
         self.ahead_EE = self.same_EE.copy()
@@ -155,7 +157,7 @@ class LayerSearch:
         self.done = 0
         self.weight_EE = np.zeros((experts, experts))
         self.best = self._point()
-        self.evaluated = 0
+        self.evaluated, self.last_price, self.last_proven = 0, -1.0, -np.inf
 
     def advance(self, price: float) -> None:
         """One iteration."""
@@ -165,19 +167,19 @@ class LayerSearch:
         step_x, experts = self.step_x, self.experts
         weight_EE = self.block.step(self.ahead_EE)
         if not self.redundant:
-            raise_multipliers(self.ahead_EE, self.at_N3, self.tau_N, TRIANGLE_STEP / step_x)
+            raise_multipliers(self.ahead_EE, self.at_N3, self.tau_N, TRIANGLE_STEP * self.dual_step)
             weight_EE -= charge(self.at_N3, self.tau_N, experts)
             if price > 0:
                 par_E = self.share_E + (self.ahead_EE * self.off_EE) @ self.share_E
-                self.load_E = _simplex(self.load_E + LOAD_STEP / step_x * (par_E - 1.0), price)
+                self.load_E = _simplex(self.load_E + LOAD_STEP * self.dual_step * (par_E - 1.0), price)
                 cross_EE = np.outer(self.load_E, self.share_E)
                 weight_EE -= (cross_EE + cross_EE.T) * self.off_EE
             else:
                 self.load_E = np.zeros(experts)
         self.weight_EE = weight_EE
         if self.spectral:
-            self.box_EE = np.maximum(0.0, self.box_EE - BOX_STEP / step_x * self.ahead_EE) * self.off_EE
-            self.diagonal_E = self.diagonal_E + DIAGONAL_STEP / step_x * (np.diag(self.ahead_EE) - 1.0)
+            self.box_EE = np.maximum(0.0, self.box_EE - BOX_STEP * self.dual_step * self.ahead_EE) * self.off_EE
+            self.diagonal_E = self.diagonal_E + DIAGONAL_STEP * self.dual_step * (np.diag(self.ahead_EE) - 1.0)
             pull_EE = (weight_EE + self.box_EE) / 2 - np.diag(self.diagonal_E)
             moved_EE = project(self.same_EE + step_x * pull_EE, self.capacity, self.groups)
         elif self.redundant:
@@ -193,7 +195,7 @@ class LayerSearch:
             self.at_N3, self.tau_N = with_violated(moved_EE, self.at_N3, self.tau_N, TRIANGLES_PER_EXPERT)
 
     def _step_copies(self, weight_EE: FloatArray) -> FloatArray:
-        room, step = self.capacity - 1, ROW_STEP / (self.step_x * self.experts)
+        room, step = self.capacity - 1, ROW_STEP * self.dual_step / self.experts
         over_E = self.ahead_EE.sum(axis=1) - room * (1 + self.copies_ahead_E)
         self.rows_E = np.maximum(0.0, self.rows_E + step * over_E)
         moved_E = box_and_sum(
@@ -211,7 +213,12 @@ class LayerSearch:
             return
         self.evaluated = self.done
         point = self._point()
-        if point.proves(price) > self.best.proves(price):
+        proven = point.proves(price)
+        # steps too long for this layer go round in circles and prove less each time
+        if price == self.last_price and proven < self.last_proven:
+            self.step_x *= CALM
+        self.last_price, self.last_proven = price, proven
+        if proven > self.best.proves(price):
             self.best = point
 
     def par(self) -> float:

@@ -23,9 +23,11 @@ __all__ = ["bound_touched"]
 
 FloatArray = npt.NDArray[np.float64]
 
+SEARCH_SHARE = 0.9
+"""Of the time limit; the rest is for the last evaluations and the verification."""
 ROUND = 20
 """Iterations of one layer before the next has its turn."""
-EVALUATE_EVERY = 100
+EVALUATE_EVERY = 50
 FREE_ROUNDS = 3
 """Rounds without a price, to see whether the cap binds at all."""
 FIRST_PRICE, LEAST_PRICE = 0.5, 0.01
@@ -41,18 +43,19 @@ def bound_touched(
     iterations: int = 800,
     progress: Callable[[int, int], None] | None = None,
 ) -> Certificate:
-    """Certificate that no legal placement touches fewer ranks (+ node_weight * nodes) per token on the problem's profile.
+    """Certificate that no legal placement touches fewer ranks (+ node_weight * nodes) per token of the profile.
 
     `price` is what one unit of PAR is worth in ranks touched; None finds it where the problem has a cap, without
-    replicas. `progress(done, total)` counts rounds over all layers. The time limit or Ctrl-C end the search with what is
-    proven by then: at least the capacity bound, ceil(k / slots of a rank).
+    replicas. `progress(done, total)` counts rounds over all layers. The time limit or Ctrl-C end the search with what
+    is proven by then: at least the capacity bound, ceil(k / slots of a rank).
 
     Guarantee: verified before it is returned; deterministic unless the time limit or Ctrl-C stops it.
-    Complexity: an iteration of a layer is O(H Bell(K) K^2 + E^3) up to 5 members and 128 experts, O(H K^2 + E^2) beyond.
+    Complexity: an iteration of a layer is O(H Bell(K) K^2) up to 5 members, O(H K^2) beyond, and O(E^3) up to 128
+    experts, O(E^2) beyond; every 50 iterations one more O(E^3) for triangles.
     Raises UsageError without expert sets, or where ranks may hold unequal numbers of experts.
     Reference: Chambolle and Pock (2011), algorithm 1; Donath and Hoffman (1973) for the spectrum.
     """
-    deadline = time.perf_counter() + time_limit_s
+    deadline = time.perf_counter() + SEARCH_SHARE * time_limit_s
     _refuse(problem, price, node_weight, iterations)
     cluster = problem.cluster
     capped = problem.max_par is not None and not problem.redundant

@@ -64,7 +64,7 @@ def _violated(same_EE: FloatArray, least: float, most: int) -> IntArray:  # prag
             if f == e or same_EE[e, f] <= 0.5:
                 continue
             for g in range(experts):
-                if g == e or g == f or (g < f and same_EE[e, g] > 0.5):
+                if g in (e, f) or (g < f and same_EE[e, g] > 0.5):
                     continue
                 over = same_EE[e, f] + same_EE[e, g] - same_EE[f, g] - 1.0
                 if over > least:

@@ -20,7 +20,9 @@ def problem_of_sets(
     load_LE = np.zeros((len(layers), experts), dtype=np.int64)
     for layer, sets in enumerate(layers):
         present = sets.expert_HK >= 0
-        np.add.at(load_LE[layer], sets.expert_HK[present], np.broadcast_to(sets.weight_H[:, None], present.shape)[present])
+        np.add.at(
+            load_LE[layer], sets.expert_HK[present], np.broadcast_to(sets.weight_H[:, None], present.shape)[present]
+        )
     profile = Profile(
         model=model,
         trace_sha256="",
@@ -113,7 +115,7 @@ def _replicated(experts: int, ranks: int, per_rank: int) -> Iterator[tuple[froze
 
 
 def least_with_replicas(problem: PlacementProblem, node_weight: float = 0.0) -> float:
-    """The optimum with redundant slots where every token is served by the fewest ranks (and nodes) that hold its set."""
+    """The optimum with redundant slots, every token served by the fewest ranks (and nodes) that hold its set."""
     profile, cluster = problem.profile, problem.cluster
     best_L = np.full(len(profile.sets), np.inf)
     for held_R in _replicated(profile.model.num_experts, cluster.num_ranks, problem.slots_per_rank):

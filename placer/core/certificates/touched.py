@@ -6,8 +6,8 @@ For one layer let s_ef = 1 where experts e and f share a group. Slopes on the pa
 
 since at any placement the pairs of h that are together are those of one of its partitions, and the intercept is the
 least over all of them (`touched_sets.py`). Summed over sets, weight_h each, the layer touches at least
-sum_h weight_h intercept_h - sum_{e<f} A_ef s_ef with A_ef = sum_h weight_h slope_h,ef. Slopes are free for every set, so
-this is as tight as the convex hull of each set's partitions. What remains is to bound sum_{e<f} A_ef s_ef from above
+sum_h weight_h intercept_h - sum_{e<f} A_ef s_ef with A_ef = sum_h weight_h slope_h,ef. Slopes are free for every set,
+so this is as tight as the convex hull of each set's partitions. What remains is to bound sum_{e<f} A_ef s_ef from above
 over G groups of C experts (X = S + I is then the matrix of an equipartition):
 
     rows       sum_f s_ef = C - 1                                              multiplier u_e, any sign

@@ -1,7 +1,7 @@
 """What expert sets contribute to the bound on ranks touched: an intercept each, and weights on pairs of experts.
 
-At any placement the members of a set fall into parts, one part per group they touch: a partition of the set into at most
-G parts of at most C. Price every pair of members that is together with a slope; then for the partition that the
+At any placement the members of a set fall into parts, one for every group they touch: a partition of the set into at
+most G parts of at most C. Price every pair of members that is together with a slope; then for the partition that the
 placement really makes, and so for the least of all partitions,
 
     groups touched  >=  intercept - sum over pairs together of slope,
@@ -16,7 +16,7 @@ Two forms of slopes:
                 (rearrangement), and the minimum runs over integer partitions (22 for 8 members)
 
 One slope for a whole set is the second form with half of it for every member. With replicas "together" means that some
-rank holds both; the partition that the set is served by then has no more pairs together than that, so slopes must be >= 0.
+rank holds both; the partition that a set is served by has no more pairs together than that, so slopes must be >= 0.
 
 Legend: H expert sets, K members (columns, -1 where a set has fewer), Q = K (K - 1) / 2 pairs of columns i < j in
 lexicographic order, E experts.
