@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.profile import ExpertSets
+from solvers.bounds.columns import MOST_ACTIVE, cheapest_partitions, step_columns
 from solvers.bounds.hull import pair_weights_of_slopes
 from solvers.bounds.partitions import member_values, pair_values, partitions_of, sizes_of, step_members, step_pairs
 from solvers.bounds.rows import better_rows, copies_worth, project_rows
@@ -26,6 +27,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 MOST_PAIRED = 5
+MOST_COLUMNS = 8
+JOIN_ALWAYS, JOIN_EVERY = 20, 5
 SPECTRUM_EXPERTS = 128
 SLOPE_STEP = 0.3
 SHARE_REACH = 0.9
@@ -99,6 +102,52 @@ class _PairSlopes:
 
 
 @dataclass(slots=True)
+class _ColumnSlopes:
+    """Sets of more members: a slope for each pair, a few partitions at a time."""
+
+    expert_HK: npt.NDArray[np.int16]
+    weight_H: FloatArray
+    capacity: int
+    groups: int
+    least: float
+    slopes: FloatArray = field(init=False)
+    active: Any = field(init=False)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        sets, top_k = self.expert_HK.shape
+        self.slopes = np.zeros((sets, top_k * (top_k - 1) // 2))
+        shape = (sets, MOST_ACTIVE)
+        self.active = (
+            np.zeros(shape, np.int64),
+            np.zeros(shape),
+            np.zeros(shape),
+            np.zeros(sets, np.int64),
+            np.ones(sets),
+        )
+        self._cheapest(join=True)
+
+    def _cheapest(self, *, join: bool) -> float:
+        return float(
+            cheapest_partitions(
+                self.expert_HK, self.weight_H, self.slopes, *self.active, self.capacity, self.groups, join
+            )
+        )
+
+    def step(self, same_EE: FloatArray) -> FloatArray:
+        weight_EE = step_columns(
+            self.expert_HK, self.weight_H, same_EE, self.slopes, *self.active, SLOPE_STEP, SHARE_REACH, self.least
+        )
+        self.steps += 1
+        if self.steps <= JOIN_ALWAYS or self.steps % JOIN_EVERY == 0:
+            self._cheapest(join=True)
+        return weight_EE
+
+    def value(self) -> float:
+        return self._cheapest(join=False)
+
+
+@dataclass(slots=True)
 class _MemberSlopes:
     """Sets of many members: a slope for each member."""
 
@@ -137,9 +186,11 @@ class LayerSearch:
         self.share_E = load_E * ranks / max(1.0, float(load_E.sum()))
         self.spectral = not redundant and experts <= SPECTRUM_EXPERTS
         least = 0.0 if redundant else -np.inf
-        self.block: _PairSlopes | _MemberSlopes
+        self.block: _PairSlopes | _ColumnSlopes | _MemberSlopes
         if sets.expert_HK.shape[1] <= MOST_PAIRED:
             self.block = _PairSlopes(sets.expert_HK, weight_H, capacity, groups, least)
+        elif sets.expert_HK.shape[1] <= MOST_COLUMNS:
+            self.block = _ColumnSlopes(sets.expert_HK, weight_H, capacity, groups, least)
         else:
             self.block = _MemberSlopes(sets.expert_HK, weight_H, capacity, groups)
         heaviest = float(pair_weights_of_slopes(sets.expert_HK, weight_H, np.ones(len(weight_H)), experts).max())
@@ -243,7 +294,7 @@ class LayerSearch:
             base -= float(rest_EE.sum()) / 2
         return Multipliers(
             base=base,
-            paired=isinstance(self.block, _PairSlopes),
+            paired=not isinstance(self.block, _MemberSlopes),
             slopes=self.block.slopes.copy(),
             rows_E=rows_E,
             spectrum_EE=spectrum_EE,

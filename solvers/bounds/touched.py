@@ -1,4 +1,4 @@
-"""Lower bound on ranks (and nodes) touched per token, with a certificate: how good can any placement be?
+"""Lower bound on ranks (and nodes) touched per token, with a certificate that proves it.
 
 For every layer multipliers are searched that prove much (`touch_layer.py`); what they prove is then recomputed by
 `placer.core.certificates.touched`, and that figure is the bound. Where the problem caps PAR, one price of PAR joins the

@@ -139,3 +139,10 @@ def _cover_of(need: frozenset[int], held_R: tuple[frozenset[int], ...], width: i
 
 def _cover(need: set[int], held_R: tuple[frozenset[int], ...], width: int, node_weight: float) -> float:
     return _cover_of(frozenset(need), held_R, width, node_weight)
+
+
+def set_partitions(members: int) -> Iterator[list[int]]:
+    """Part of each member, for every partition."""
+    for label in itertools.product(range(members), repeat=members):
+        if all(part <= max(label[:at], default=-1) + 1 for at, part in enumerate(label)):
+            yield list(label)

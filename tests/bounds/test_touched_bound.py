@@ -262,10 +262,10 @@ def test_slopes_of_absent_members_are_refused() -> None:
 
 
 def test_slopes_per_pair_of_large_sets_are_refused() -> None:
-    rows = np.arange(7, dtype=np.int16)[None]
-    problem = problem_of_sets([ExpertSets(rows, np.array([3]))], 8, 2)
-    with pytest.raises(ViolationError, match="at most 6 members"):
-        touched_bound(problem, {"rank_slope_HQ": np.zeros((1, 21))}, {})
+    rows = np.arange(9, dtype=np.int16)[None]
+    problem = problem_of_sets([ExpertSets(rows, np.array([3]))], 10, 2)
+    with pytest.raises(ViolationError, match="at most 8 members"):
+        touched_bound(problem, {"rank_slope_HQ": np.zeros((1, 36))}, {})
 
 
 def test_with_replicas_slopes_and_rows_are_not_negative() -> None:

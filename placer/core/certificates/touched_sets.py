@@ -10,7 +10,7 @@ placement really makes, and so for the least of all partitions,
 Two forms of slopes:
 
     per pair    slope_HQ, one for each pair of members; the minimum runs over all set partitions (Bell numbers: 15 for 4
-                members, 203 for 6), so at most 6 members
+                members, 4140 for 8), by way of the least for every subset of members; at most 8 members
     per member  slope_HK; a pair costs the sum of its two members' slopes, a member in a part of m costs (m - 1) slope,
                 so only the sizes of the parts matter: for given sizes the largest slopes go to the smallest parts
                 (rearrangement), and the minimum runs over integer partitions (22 for 8 members)
@@ -23,7 +23,6 @@ lexicographic order, E experts.
 """
 
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,8 @@ from placer.core.errors import ViolationError
 
 __all__ = ["MOST_PAIRED", "member_intercepts", "pair_intercepts", "pair_slopes", "together_weights"]
 
-MOST_PAIRED = 6
+MOST_PAIRED = 8
+CHUNK = 1 << 13
 Sets = npt.NDArray[np.int16]
 
 
@@ -55,8 +55,11 @@ def member_intercepts(expert_HK: Sets, slope_HK: FloatArray, largest: int, group
 
 
 def pair_intercepts(expert_HK: Sets, slope_HQ: FloatArray, largest: int, groups: int) -> FloatArray:
-    """The same for slopes per pair. Raises ViolationError for sets of more than 6 members. O(H Bell(K) K^2)."""
-    pairs = list(combinations(range(expert_HK.shape[1]), 2))
+    """The same for slopes per pair. Raises ViolationError for sets of more than 8 members. O(H 3^K min(G, K))."""
+    columns = expert_HK.shape[1]
+    first, second = np.triu_indices(columns, 1)
+    column_KK = np.zeros((columns, columns), dtype=np.int64)
+    column_KK[first, second] = np.arange(len(first))
     present_HK = expert_HK >= 0
     if present_HK.sum(axis=1).max(initial=0) > MOST_PAIRED:
         raise ViolationError(f"certificate: slopes per pair are for sets of at most {MOST_PAIRED} members")
@@ -64,14 +67,41 @@ def pair_intercepts(expert_HK: Sets, slope_HQ: FloatArray, largest: int, groups:
     for mask_K in np.unique(present_HK, axis=0):
         here = np.flatnonzero((present_HK == mask_K).all(axis=1))
         members = np.flatnonzero(mask_K)
-        least_H = np.full(len(here), np.inf)
-        for label in _set_partitions(len(members), largest, groups):
-            part = dict(zip(members.tolist(), label, strict=True))
-            together_Q = np.array([i in part and j in part and part[i] == part[j] for i, j in pairs], dtype=bool)
-            cost_H = slope_HQ[here][:, together_Q].sum(axis=1)
-            np.minimum(least_H, len(set(label)) + cost_H, out=least_H)
-        intercept_H[here] = least_H
+        for start in range(0, len(here), CHUNK):
+            rows = here[start : start + CHUNK]
+            slope_SSH = slope_HQ[rows].T[column_KK[np.ix_(members, members)]]
+            intercept_H[rows] = _least_partition(slope_SSH, largest, groups)
     return intercept_H
+
+
+def _least_partition(slope_SSH: FloatArray, largest: int, groups: int) -> FloatArray:
+    """Least over partitions of parts + slopes together, (H,): subset by subset, the part of the lowest member first."""
+    size, _, sets = slope_SSH.shape
+    part_H: list[FloatArray] = [np.zeros(sets)]
+    for subset in range(1, 1 << size):
+        low, rest = (subset & -subset).bit_length() - 1, subset & (subset - 1)
+        others = [member for member in range(size) if rest >> member & 1]
+        part_H.append(part_H[rest] + slope_SSH[low, others].sum(axis=0))
+    nothing, impossible = np.zeros(sets), np.full(sets, np.inf)
+    least = [nothing] + [impossible] * ((1 << size) - 1)
+    # where there are as many groups as members their number never binds, and one pass in place is enough
+    bound = groups < size
+    for _ in range(groups if bound else 1):
+        grown = [nothing]
+        for subset in range(1, 1 << size):
+            lowest, rest = subset & -subset, subset & (subset - 1)
+            best_H, others = impossible, rest
+            while True:
+                part = others | lowest
+                if part.bit_count() <= largest:
+                    before = least if bound else grown
+                    best_H = np.minimum(best_H, 1.0 + part_H[part] + before[subset ^ part])
+                if not others:
+                    break
+                others = (others - 1) & rest
+            grown.append(best_H)
+        least = grown
+    return least[-1]
 
 
 def pair_slopes(expert_HK: Sets, slope_HK: FloatArray) -> FloatArray:
@@ -107,17 +137,3 @@ def _integer_partitions(size: int, largest: int, parts: int) -> Iterator[tuple[i
         for first in range(min(size, largest), 0, -1):
             for rest in _integer_partitions(size - first, first, parts - 1):
                 yield (first, *rest)
-
-
-def _set_partitions(size: int, largest: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Part of each of `size` members, numbered by first appearance, for every partition within the limits."""
-
-    def extend(label: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if len(label) == size:
-            yield label
-            return
-        for part in range(min(max(label, default=-1) + 2, parts)):
-            if label.count(part) < largest:
-                yield from extend((*label, part))
-
-    return extend(())
