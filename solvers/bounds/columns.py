@@ -1,10 +1,10 @@
 """Partitions of larger expert sets as columns: a few at a time, found where they would help.
 
-Sets of six to eight members have up to 4140 partitions. Each set works with a handful; now and then the partition that is
-cheapest at the present slopes joins them. Cheapest comes from a table over subsets of the members (3^K / 2 steps).
+Sets of six to eight members have up to 4140 partitions. Each set works with some of them; now and then the partition
+that is cheapest at the present slopes joins. Cheapest comes from a table over subsets of the members (3^K / 2 steps).
 
-Legend: H expert sets, E experts, K members, Q pairs of members i < j in lexicographic order, A active partitions of a set.
-A partition is a bit mask over Q: which pairs are together.
+Legend: H expert sets, E experts, K members, Q pairs of members i < j in lexicographic order, A active partitions of a
+set. A partition is a bit mask over Q: which pairs are together.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Sets = npt.NDArray[np.int16]
 
-MOST_ACTIVE = 12
+MOST_ACTIVE = 32
 
 
 @njit(cache=True, fastmath=True)
@@ -96,7 +96,7 @@ def cheapest_partitions(
     groups: int,
     join: bool,
 ) -> float:  # pragma: no cover - compiled
-    """Sum over sets of weight * least of groups touched + slopes of pairs together; with `join` the least become active."""
+    """Sum over sets of weight * least of groups touched + slopes together; with `join` the least become active."""
     total = 0.0
     sets, top_k = expert_HK.shape
     subsets = 1 << top_k
@@ -131,7 +131,7 @@ def cheapest_partitions(
             cost_M[mask] = cost
         for r in range(rounds + 1):
             least_RM[r, 0] = 0.0
-        if rounds > 1 or groups < size:
+        if groups < size:
             least_RM[0, 1 : full + 1] = np.inf
         for r in range(1, rounds + 1):
             before = r - 1 if groups < size else r

@@ -7,17 +7,15 @@ alternate (Chambolle and Pock 2011); any dual point is a valid bound, so the bes
 Legend: E experts, H expert sets, K members, N triangles.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.profile import ExpertSets
-from solvers.bounds.columns import MOST_ACTIVE, cheapest_partitions, step_columns
 from solvers.bounds.hull import pair_weights_of_slopes
-from solvers.bounds.partitions import member_values, pair_values, partitions_of, sizes_of, step_members, step_pairs
 from solvers.bounds.rows import better_rows, copies_worth, project_rows
+from solvers.bounds.set_slopes import SLOPE_STEP, ColumnSlopes, MemberSlopes, PairSlopes
 from solvers.bounds.spectrum import box_and_sum, project, top_sum
 from solvers.bounds.triangles import charge, raise_multipliers, with_violated
 
@@ -27,11 +25,9 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 MOST_PAIRED = 5
-MOST_COLUMNS = 8
-JOIN_ALWAYS, JOIN_EVERY = 20, 5
+MEMBER_ITERATIONS = 60
+"""Before columns take over from slopes per member, where they do."""
 SPECTRUM_EXPERTS = 128
-SLOPE_STEP = 0.3
-SHARE_REACH = 0.9
 REACH = 1.0
 BOX_STEP, DIAGONAL_STEP, TRIANGLE_STEP, LOAD_STEP, ROW_STEP, COPY_STEP = 0.6, 1.0, 0.03, 0.3, 0.2, 0.2
 CALM = 0.6
@@ -58,125 +54,22 @@ class Multipliers:
         return self.base + max(0.0, spare) if spare >= -1e-12 * max(1.0, price) else -np.inf
 
 
-@dataclass(slots=True)
-class _PairSlopes:
-    """Sets of few members: a slope for each pair, all partitions."""
-
-    expert_HK: npt.NDArray[np.int16]
-    weight_H: FloatArray
-    capacity: int
-    groups: int
-    least: float
-    tables: Any = field(init=False)
-    slopes: FloatArray = field(init=False)
-    share_HV: FloatArray = field(init=False)
-    share_step_M: FloatArray = field(init=False)
-
-    def __post_init__(self) -> None:
-        found = partitions_of(self.expert_HK, self.capacity, self.groups)
-        self.tables = (found.together_MVQ, found.groups_MV, found.count_M, found.pattern_H)
-        top_k = self.expert_HK.shape[1]
-        self.slopes = np.zeros((len(self.weight_H), top_k * (top_k - 1) // 2))
-        live_HV = np.arange(found.groups_MV.shape[1]) < found.count_M[found.pattern_H][:, None]
-        self.share_HV = live_HV / found.count_M[found.pattern_H][:, None]
-        norm_M = np.array(
-            [np.linalg.norm(together_VQ, 2) if together_VQ.size else 0.0 for together_VQ in found.together_MVQ]
-        )
-        self.share_step_M = SHARE_REACH / (SLOPE_STEP * np.maximum(1.0, norm_M) ** 2)
-
-    def step(self, same_EE: FloatArray) -> FloatArray:
-        return step_pairs(
-            self.expert_HK,
-            self.weight_H,
-            same_EE,
-            self.share_HV,
-            self.slopes,
-            *self.tables,
-            SLOPE_STEP,
-            self.share_step_M,
-            self.least,
-        )
-
-    def value(self) -> float:
-        return float(pair_values(self.weight_H, self.slopes, *self.tables))
-
-
-@dataclass(slots=True)
-class _ColumnSlopes:
-    """Sets of more members: a slope for each pair, a few partitions at a time."""
-
-    expert_HK: npt.NDArray[np.int16]
-    weight_H: FloatArray
-    capacity: int
-    groups: int
-    least: float
-    slopes: FloatArray = field(init=False)
-    active: Any = field(init=False)
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        sets, top_k = self.expert_HK.shape
-        self.slopes = np.zeros((sets, top_k * (top_k - 1) // 2))
-        shape = (sets, MOST_ACTIVE)
-        self.active = (
-            np.zeros(shape, np.int64),
-            np.zeros(shape),
-            np.zeros(shape),
-            np.zeros(sets, np.int64),
-            np.ones(sets),
-        )
-        self._cheapest(join=True)
-
-    def _cheapest(self, *, join: bool) -> float:
-        return float(
-            cheapest_partitions(
-                self.expert_HK, self.weight_H, self.slopes, *self.active, self.capacity, self.groups, join
-            )
-        )
-
-    def step(self, same_EE: FloatArray) -> FloatArray:
-        weight_EE = step_columns(
-            self.expert_HK, self.weight_H, same_EE, self.slopes, *self.active, SLOPE_STEP, SHARE_REACH, self.least
-        )
-        self.steps += 1
-        if self.steps <= JOIN_ALWAYS or self.steps % JOIN_EVERY == 0:
-            self._cheapest(join=True)
-        return weight_EE
-
-    def value(self) -> float:
-        return self._cheapest(join=False)
-
-
-@dataclass(slots=True)
-class _MemberSlopes:
-    """Sets of many members: a slope for each member."""
-
-    expert_HK: npt.NDArray[np.int16]
-    weight_H: FloatArray
-    capacity: int
-    groups: int
-    tables: Any = field(init=False)
-    slopes: FloatArray = field(init=False)
-    slope_step: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        top_k = self.expert_HK.shape[1]
-        self.tables = sizes_of(top_k, self.capacity, self.groups)
-        self.slopes = np.zeros(self.expert_HK.shape)
-        self.slope_step = SLOPE_STEP / (2 * top_k)
-
-    def step(self, same_EE: FloatArray) -> FloatArray:
-        return step_members(self.expert_HK, self.weight_H, same_EE, self.slopes, self.slope_step, self.capacity)
-
-    def value(self) -> float:
-        return float(member_values(self.expert_HK, self.weight_H, self.slopes, *self.tables))
-
-
 class LayerSearch:
-    """The search for one layer and one level (ranks or nodes); `best` is the best dual point seen at any price."""
+    """The search for one layer and one level (ranks or nodes); `best` is the best dual point seen.
+
+    `columns`: sets of 6 to 8 members get slopes per pair after a while, which prove more but take much longer.
+    """
 
     def __init__(
-        self, sets: ExpertSets, load_E: FloatArray, *, groups: int, capacity: int, redundant: int, ranks: int
+        self,
+        sets: ExpertSets,
+        load_E: FloatArray,
+        *,
+        groups: int,
+        capacity: int,
+        redundant: int,
+        ranks: int,
+        columns: bool = False,
     ) -> None:
         weight_H = sets.weight_H.astype(np.float64)
         self.tokens = max(1.0, float(weight_H.sum()))
@@ -185,14 +78,13 @@ class LayerSearch:
         self.groups, self.capacity, self.redundant, self.experts = groups, capacity, redundant, experts
         self.share_E = load_E * ranks / max(1.0, float(load_E.sum()))
         self.spectral = not redundant and experts <= SPECTRUM_EXPERTS
-        least = 0.0 if redundant else -np.inf
-        self.block: _PairSlopes | _ColumnSlopes | _MemberSlopes
+        self.least = 0.0 if redundant else -np.inf
+        self.columns = columns
+        self.block: PairSlopes | ColumnSlopes | MemberSlopes
         if sets.expert_HK.shape[1] <= MOST_PAIRED:
-            self.block = _PairSlopes(sets.expert_HK, weight_H, capacity, groups, least)
-        elif sets.expert_HK.shape[1] <= MOST_COLUMNS:
-            self.block = _ColumnSlopes(sets.expert_HK, weight_H, capacity, groups, least)
+            self.block = PairSlopes(sets.expert_HK, weight_H, capacity, groups, self.least)
         else:
-            self.block = _MemberSlopes(sets.expert_HK, weight_H, capacity, groups)
+            self.block = MemberSlopes(sets.expert_HK, weight_H, capacity, groups)
         heaviest = float(pair_weights_of_slopes(sets.expert_HK, weight_H, np.ones(len(weight_H)), experts).max())
         self.trivial = heaviest == 0.0 or groups == 1 or capacity == 1
         self.step_x = REACH / (SLOPE_STEP * max(heaviest, 1e-12))
@@ -215,6 +107,12 @@ class LayerSearch:
         if self.trivial:
             self.done += 1
             return
+        if self.columns and isinstance(self.block, MemberSlopes) and self.done == MEMBER_ITERATIONS:
+            self.evaluate(price)
+            members = self.block
+            self.block = ColumnSlopes(members.expert_HK, members.weight_H, self.capacity, self.groups, self.least)
+            self.block.slopes = members.per_pair()
+            self.last_price = -1.0
         step_x, experts = self.step_x, self.experts
         weight_EE = self.block.step(self.ahead_EE)
         if not self.redundant:
@@ -294,8 +192,10 @@ class LayerSearch:
             base -= float(rest_EE.sum()) / 2
         return Multipliers(
             base=base,
-            paired=not isinstance(self.block, _MemberSlopes),
-            slopes=self.block.slopes.copy(),
+            paired=self.columns or not isinstance(self.block, MemberSlopes),
+            slopes=self.block.per_pair()
+            if self.columns and isinstance(self.block, MemberSlopes)
+            else self.block.slopes.copy(),
             rows_E=rows_E,
             spectrum_EE=spectrum_EE,
             at_N3=self.at_N3.copy(),

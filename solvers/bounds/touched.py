@@ -30,6 +30,9 @@ ROUND = 20
 EVALUATE_EVERY = 50
 FREE_ROUNDS = 3
 """Rounds without a price, to see whether the cap binds at all."""
+COLUMN_S = {6: 4e-6, 7: 9e-6, 8: 20e-6}
+COLUMN_ITERATIONS = 300
+"""Slopes per pair of larger sets: seconds per set and iteration, by members, and iterations until they pay."""
 FIRST_PRICE, LEAST_PRICE = 0.5, 0.01
 PRICE_STEP, PRICE_CALM = 2.0, 6.0
 
@@ -50,7 +53,8 @@ def bound_touched(
     is proven by then: at least the capacity bound, ceil(k / slots of a rank).
 
     Guarantee: verified before it is returned; deterministic unless the time limit or Ctrl-C stops it.
-    Complexity: an iteration of a layer is O(H Bell(K) K^2) up to 5 members, O(H K^2) beyond, and O(E^3) up to 128
+    Complexity: an iteration of a layer is O(H Bell(K) K^2) up to 5 members, O(H K^2) beyond (O(H 3^K) for 6 to 8
+    members where the time allows 300 such iterations, which prove more), and O(E^3) up to 128
     experts, O(E^2) beyond; every 50 iterations one more O(E^3) for triangles.
     Raises UsageError without expert sets, or where ranks may hold unequal numbers of experts.
     Reference: Chambolle and Pock (2011), algorithm 1; Donath and Hoffman (1973) for the spectrum.
@@ -61,9 +65,10 @@ def bound_touched(
     capped = problem.max_par is not None and not problem.redundant
     cap = problem.max_par if problem.max_par is not None else np.inf
     searched = price is None and capped
-    now = price if price is not None and capped else 0.0
-    ranks = _searches(problem, cluster.num_ranks)
-    nodes = _searches(problem, cluster.nodes) if node_weight > 0 else []
+    now = price or 0.0
+    columns = _time_for_columns(problem, time_limit_s, iterations)
+    ranks = _searches(problem, cluster.num_ranks, columns)
+    nodes = _searches(problem, cluster.nodes, columns) if node_weight > 0 else []
     free = [layer.best for layer in ranks]
     rounds = -(-iterations // ROUND)
     try:
@@ -115,6 +120,8 @@ def _refuse(problem: PlacementProblem, price: float | None, node_weight: float, 
         raise UsageError("the profile has load counts only, no expert sets; a bound on ranks touched needs them")
     if problem.allow_empty_slots:
         raise UsageError("the bound on ranks touched is for equal slots per rank; this problem allows empty ones")
+    if price and (problem.max_par is None or problem.redundant):
+        raise UsageError(f"price is {price:g}; PAR has a price only under a load cap and without redundant slots")
     for name, value in (("price", price), ("node_weight", node_weight)):
         if value is not None and not 0 <= value < np.inf:
             raise UsageError(f"{name} is {value}; give a finite number, 0 or more")
@@ -122,7 +129,15 @@ def _refuse(problem: PlacementProblem, price: float | None, node_weight: float, 
         raise UsageError(f"iterations is {iterations}; give 1 or more")
 
 
-def _searches(problem: PlacementProblem, groups: int) -> list[LayerSearch]:
+def _time_for_columns(problem: PlacementProblem, time_limit_s: float, iterations: int) -> bool:
+    """Whether slopes per pair of sets of 6 to 8 members can be expected to pay within the time."""
+    sets = problem.profile.sets
+    cost_s = COLUMN_S.get(sets[0].expert_HK.shape[1], np.inf)
+    total_s = COLUMN_ITERATIONS * cost_s * sum(len(layer.weight_H) for layer in sets)
+    return iterations >= COLUMN_ITERATIONS and total_s <= SEARCH_SHARE * time_limit_s
+
+
+def _searches(problem: PlacementProblem, groups: int, columns: bool) -> list[LayerSearch]:
     profile = problem.profile
     return [
         LayerSearch(
@@ -132,6 +147,7 @@ def _searches(problem: PlacementProblem, groups: int) -> list[LayerSearch]:
             capacity=problem.num_slots // groups,
             redundant=problem.redundant,
             ranks=problem.cluster.num_ranks,
+            columns=columns,
         )
         for layer, sets in enumerate(profile.sets)
     ]

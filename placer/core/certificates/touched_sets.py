@@ -60,6 +60,8 @@ def pair_intercepts(expert_HK: Sets, slope_HQ: FloatArray, largest: int, groups:
     first, second = np.triu_indices(columns, 1)
     column_KK = np.zeros((columns, columns), dtype=np.int64)
     column_KK[first, second] = np.arange(len(first))
+    # the diagonal and the lower half point at some column and are never read
+    slope_QH = slope_HQ.T if len(first) else np.zeros((1, len(expert_HK)))
     present_HK = expert_HK >= 0
     if present_HK.sum(axis=1).max(initial=0) > MOST_PAIRED:
         raise ViolationError(f"certificate: slopes per pair are for sets of at most {MOST_PAIRED} members")
@@ -69,7 +71,7 @@ def pair_intercepts(expert_HK: Sets, slope_HQ: FloatArray, largest: int, groups:
         members = np.flatnonzero(mask_K)
         for start in range(0, len(here), CHUNK):
             rows = here[start : start + CHUNK]
-            slope_SSH = slope_HQ[rows].T[column_KK[np.ix_(members, members)]]
+            slope_SSH = slope_QH[:, rows][column_KK[np.ix_(members, members)]]
             intercept_H[rows] = _least_partition(slope_SSH, largest, groups)
     return intercept_H
 
@@ -80,8 +82,8 @@ def _least_partition(slope_SSH: FloatArray, largest: int, groups: int) -> FloatA
     part_H: list[FloatArray] = [np.zeros(sets)]
     for subset in range(1, 1 << size):
         low, rest = (subset & -subset).bit_length() - 1, subset & (subset - 1)
-        others = [member for member in range(size) if rest >> member & 1]
-        part_H.append(part_H[rest] + slope_SSH[low, others].sum(axis=0))
+        with_low = [member for member in range(size) if rest >> member & 1]
+        part_H.append(part_H[rest] + slope_SSH[low, with_low].sum(axis=0))
     nothing, impossible = np.zeros(sets), np.full(sets, np.inf)
     least = [nothing] + [impossible] * ((1 << size) - 1)
     # where there are as many groups as members their number never binds, and one pass in place is enough
