@@ -34,7 +34,7 @@ COLUMN_S = {6: 4e-6, 7: 9e-6, 8: 20e-6}
 COLUMN_ITERATIONS = 300
 """Slopes per pair of larger sets: seconds per set and iteration, by members, and iterations until they pay."""
 FIRST_PRICE, LEAST_PRICE = 0.5, 0.01
-PRICE_STEP, PRICE_CALM = 2.0, 6.0
+PRICE_ROUNDS, PRICE_STEP, PRICE_CALM = 10, 2.0, 6.0
 
 
 def bound_touched(
@@ -54,8 +54,8 @@ def bound_touched(
 
     Guarantee: verified before it is returned; deterministic unless the time limit or Ctrl-C stops it.
     Complexity: an iteration of a layer is O(H Bell(K) K^2) up to 5 members, O(H K^2) beyond (O(H 3^K) for 6 to 8
-    members where the time allows 300 such iterations, which prove more), and O(E^3) up to 128
-    experts, O(E^2) beyond; every 50 iterations one more O(E^3) for triangles.
+    members where the time allows 300 such iterations, which prove more), and O(E^3) up to 128 experts, O(E^2) beyond;
+    every 50 iterations O(E^3) more for triangles.
     Raises UsageError without expert sets, or where ranks may hold unequal numbers of experts.
     Reference: Chambolle and Pock (2011), algorithm 1; Donath and Hoffman (1973) for the spectrum.
     """
@@ -85,8 +85,8 @@ def bound_touched(
                 for layer in ranks:
                     layer.evaluate(0.0)
                 free = [layer.best for layer in ranks]
-            # the second half is for the multipliers alone
-            if searched and FREE_ROUNDS <= turn <= rounds // 2:
+            # the rest is for the multipliers alone
+            if searched and FREE_ROUNDS <= turn <= min(PRICE_ROUNDS, rounds // 2):
                 over = float(np.mean([layer.par() for layer in ranks])) - cap
                 now = _next_price(now, over, turn - FREE_ROUNDS)
         for layer in ranks:
