@@ -23,7 +23,25 @@ CERTIFICATE_FORMAT = "placer-certificate"
 SCHEMA = "1"
 MEND = "write it anew with `placer solve --certificate`"
 FIELDS = ("format", "schema", "kind", "objective_name", "bound", "proof", "numbers", "max_par", "trace_sha256")
-LEVEL_AXES = {"slope_H": 1, "u_LE": 2, "v_LE": 2, "split_LEE": 3, "spectrum_LEE": 3, "triangle_N4": 2, "tau_N": 1}
+LEVEL_AXES = {
+    "slope_HK": 2,
+    "slope_HQ": 2,
+    "u_LE": 2,
+    "v_LE": 2,
+    "split_LEE": 3,
+    "spectrum_LEE": 3,
+    "triangle_N4": 2,
+    "tau_N": 1,
+}
+    "slope_HK": 2,
+    "slope_HQ": 2,
+    "u_LE": 2,
+    "v_LE": 2,
+    "split_LEE": 3,
+    "spectrum_LEE": 3,
+    "triangle_N4": 2,
+    "tau_N": 1,
+}
 KNOWN: dict[str, dict[str, int]] = {
     "par": {},
     "kept": {
@@ -33,7 +51,7 @@ KNOWN: dict[str, dict[str, int]] = {
     "touched": {
         f"{level}_{name}": LEVEL_AXES[name]
         for level in ("rank", "node")
-        for name in ("slope_H", "u_LE", "spectrum_LEE", "triangle_N4", "tau_N")
+        for name in ("slope_HK", "slope_HQ", "u_LE", "spectrum_LEE", "triangle_N4", "tau_N")
     }
     | {"load_q_LE": 2},
     "blocks": {"block_price_LME": 3, "block_threshold_LM": 2},

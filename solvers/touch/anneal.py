@@ -17,7 +17,7 @@ PARTED = 0.4
 """Ranks that a parted pair is taken to cost at least, before the sets are looked at; 0.3 to 0.6 find equal costs."""
 
 
-def pair_weights(expert_HK: npt.NDArray[np.int16], weight_H: IntArray, num_experts: int) -> FloatArray:
+def pair_weights(expert_HK: npt.NDArray[np.int16], weight_H: IntArray | FloatArray, num_experts: int) -> FloatArray:
     """Tokens that chose both experts, (E, E), symmetric, diagonal 0."""
     top_k = expert_HK.shape[1]
     pair = np.zeros(num_experts * num_experts)

@@ -81,13 +81,13 @@ def test_a_certificate_of_another_trace() -> None:
     own = run_json("solve", TRACE, *CLUSTER, "--solver", "lpt", "-o", "x.json")
     assert json.loads(outcome.out)["certificate"]["bound"] == pytest.approx(own["bound"])
     slopes = Certificate(
-        kind="touched", objective_name="ranks_touched", bound=0, proof="", arrays={"rank_slope_H": np.ones(7)}
+        kind="touched", objective_name="ranks_touched", bound=0, proof="", arrays={"rank_slope_HK": np.ones((7, 2))}
     )
     save("slopes", slopes)
     text = refused(4, *CHECK[:-1], "slopes", says="was made for another trace (hash ")
-    assert "rank_slope_H is (7,)" in text
+    assert "rank_slope_HK is (7, 2)" in text
     save("slopes", slopes, trace_sha256=load_certificate_hash(TRACE))
-    refused(6, *CHECK[:-1], "slopes", says="rank_slope_H is (7,)")
+    refused(6, *CHECK[:-1], "slopes", says="rank_slope_HK is (7, 2)")
 
 
 def load_certificate_hash(trace: str) -> str:

@@ -43,7 +43,11 @@ def certificates(draw: Any) -> StoredCertificate:
 
 
 def example() -> StoredCertificate:
-    arrays = {"rank_u_LE": np.arange(6.0).reshape(2, 3), "load_q_LE": np.zeros((2, 3)), "rank_slope_H": np.ones(5)}
+    arrays = {
+        "rank_u_LE": np.arange(6.0).reshape(2, 3),
+        "load_q_LE": np.zeros((2, 3)),
+        "rank_slope_HK": np.ones((5, 2)),
+    }
     certificate = Certificate(
         kind="touched",
         objective_name="ranks_touched",

@@ -1,14 +1,14 @@
 """Bound on ranks touched: how few ranks (and nodes) the experts of a token can lie on, mean over tokens and layers.
 
-For one layer let s_ef = 1 where experts e and f share a group. A set of k experts whose members lie in groups of sizes
-m_1, m_2, ... touches g groups and has p = sum m (m - 1) / 2 pairs together; over all partitions of k into at most G
-parts of at most C the points (p, g) have a lower convex hull phi_k. So for any slope b_h >= 0 of every set h
+For one layer let s_ef = 1 where experts e and f share a group. Slopes on the pairs of every set h give
 
-    groups touched by h  >=  intercept(k, b_h) - b_h * p_h,     intercept(k, b) = min over partitions of g + b p
+    groups touched by h  >=  intercept_h - sum over pairs e, f of h of slope_h,ef s_ef
 
-and sum_h weight_h b_h p_h = sum_{e<f} A_ef s_ef with A_ef = sum over sets with both of weight_h b_h. Slopes are free
-for every set, so the bound is as tight as the convex hull, not one chord for all. What remains is to bound
-sum_{e<f} A_ef s_ef over G groups of C experts (X = S + I is then the matrix of an equipartition):
+since at any placement the pairs of h that are together are those of one of its partitions, and the intercept is the
+least over all of them (`touched_sets.py`). Summed over sets, weight_h each, the layer touches at least
+sum_h weight_h intercept_h - sum_{e<f} A_ef s_ef with A_ef = sum_h weight_h slope_h,ef. Slopes are free for every set,
+so this is as tight as the convex hull of each set's partitions. What remains is to bound sum_{e<f} A_ef s_ef from above
+over G groups of C experts (X = S + I is then the matrix of an equipartition):
 
     rows       sum_f s_ef = C - 1                                              multiplier u_e, any sign
     box        0 <= s_ef <= 1                                                  sum of positive parts
@@ -21,25 +21,29 @@ The load enters through a price per unit of PAR that is the same for all layers,
 mean of touched >= mean over layers of min(touched + price * PAR) - price * cap, with PAR >= 1 for what q leaves unused.
 
 With redundant slots two experts are "together" where some rank holds both; an expert with n replicas has at most
-n (S - 1) others beside it (S slots a rank, D redundant): u >= 0, no triangle, spectrum, load; (C - 1) sum u becomes
-(S - 1) (sum u + D max u). No replica choice can do better than to use every pair that is together.
+min(n (S - 1), E - 1) others beside it (S slots a rank) and n <= G, and all experts together have D replicas: u >= 0, no
+triangle, spectrum, load; (C - 1) sum u becomes the most that sum_e u_e min(n_e (S - 1), E - 1) can be, which replicas
+given one by one to where they add most reach, as it is concave. No replica choice can do better than to use every pair
+that is together.
 
-Arrays: rank_slope_H (all layers' sets end to end), rank_u_LE (L, E), rank_spectrum_LEE (L, E, E), rank_triangle_N4
+Arrays: rank_slope_HK (slopes per member) or rank_slope_HQ (per pair), all layers' sets end to end, any sign without and
+>= 0 with redundant slots, pairs of absent members 0; rank_u_LE (L, E), rank_spectrum_LEE (L, E, E), rank_triangle_N4
 (layer, e, f, g of each multiplier) with rank_tau_N, load_q_LE (L, E); the same with node_ for nodes, without load.
 Numbers: price (ranks touched per unit of PAR), node_weight. Multipliers are in tokens, load_q_LE in ranks touched.
 Objective: ranks touched + node_weight * nodes touched. Reference for the spectrum: Donath and Hoffman (1973).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.certificates.read import FloatArray, multiplier, number, top_eigenvalues_sum
+from placer.core.certificates.touched_sets import member_intercepts, pair_intercepts, pair_slopes, together_weights
 from placer.core.errors import UsageError, ViolationError
 from placer.core.problem import PlacementProblem
 
-__all__ = ["partition_points", "touched_bound"]
+__all__ = ["touched_bound"]
 
 ROUNDING = 1e-10
 
@@ -53,25 +57,13 @@ def touched_bound(
     if problem.allow_empty_slots:
         raise UsageError("the bound on ranks touched is for equal slots per rank; this problem allows empty ones")
     price, node_weight = number(numbers, "price"), number(numbers, "node_weight")
+    if price > 0 and problem.max_par is None:
+        raise ViolationError(f"certificate number price is {price:g}; without a load cap PAR has no price")
     bound_L = _level(problem, arrays, "rank", problem.cluster.num_ranks, price)
     bound = float(bound_L.mean()) - price * (problem.max_par or 0.0)
     if node_weight > 0:
         bound += node_weight * float(_level(problem, arrays, "node", problem.cluster.nodes, 0.0).mean())
     return bound - ROUNDING
-
-
-def partition_points(size: int, largest: int, parts: int) -> list[tuple[int, int]]:
-    """(pairs together, groups touched) of every split of `size` experts into at most `parts` groups of `largest`."""
-    return sorted({(sum(m * (m - 1) // 2 for m in split), len(split)) for split in _splits(size, largest, parts)})
-
-
-def _splits(size: int, largest: int, parts: int) -> Iterator[tuple[int, ...]]:
-    if size == 0:
-        yield ()
-    elif parts > 0:
-        for first in range(min(size, largest), 0, -1):
-            for rest in _splits(size - first, first, parts - 1):
-                yield (first, *rest)
 
 
 def _level(
@@ -86,15 +78,13 @@ def _level(
     layers, experts = profile.load_LE.shape
     capacity, redundant = problem.num_slots // groups, problem.redundant
     stop_L = np.cumsum([len(sets.weight_H) for sets in profile.sets])
-    slope_H = multiplier(arrays, f"{level}_slope_H", (int(stop_L[-1]),), sign=True)
+    slope_HK, slope_HQ = _slopes(problem, arrays, level)
     u_LE = multiplier(arrays, f"{level}_u_LE", (layers, experts), sign=redundant > 0)
     q_LE = multiplier(arrays, "load_q_LE" if level == "rank" else "", (layers, experts), sign=True)
     spectrum_LEE = arrays.get(f"{level}_spectrum_LEE")
     tau_N = arrays.get(f"{level}_tau_N")
     if redundant and (spectrum_LEE is not None or tau_N is not None or q_LE.any()):
         raise ViolationError("certificate: triangles, spectrum and load need a placement without redundant slots")
-    if q_LE.any() and problem.max_par is None:
-        raise ViolationError("certificate array load_q_LE needs a load cap")
     if (q_LE.sum(axis=1) > price * (1 + ROUNDING)).any():
         raise ViolationError(f"certificate number price is {price:g}, but a layer's load_q_LE adds up to more")
     if spectrum_LEE is not None and spectrum_LEE.shape != (layers, experts, experts):
@@ -106,11 +96,15 @@ def _level(
     for layer, sets in enumerate(profile.sets):
         weight_H = sets.weight_H.astype(np.float64)
         tokens = max(1.0, float(weight_H.sum()))
-        slope = slope_H[stop_L[layer] - len(weight_H) : stop_L[layer]]
-        size_H = (sets.expert_HK >= 0).sum(axis=1)
-        intercept_H = _intercepts(size_H, slope, min(capacity, experts), groups)
-        together_EE = _pairs(sets.expert_HK, weight_H * slope, experts)
-        most = (capacity - 1) * (float(u_LE[layer].sum()) + redundant * float(u_LE[layer].max()))
+        rows = slice(stop_L[layer] - len(weight_H), stop_L[layer])
+        if slope_HK is not None:
+            intercept_H = member_intercepts(sets.expert_HK, slope_HK[rows], capacity, groups)
+            slope = pair_slopes(sets.expert_HK, slope_HK[rows])
+        elif slope_HQ is not None:
+            slope = slope_HQ[rows]
+            intercept_H = pair_intercepts(sets.expert_HK, slope, capacity, groups)
+        together_EE = together_weights(sets.expert_HK, weight_H, slope, experts)
+        most = _rows_cost(u_LE[layer], capacity - 1, redundant, groups)
         rest = together_EE - u_LE[layer][:, None] - u_LE[layer][None, :] - charge_LEE[layer]
         cross = q_LE[layer][:, None] * share_LE[layer][None, :] * tokens
         rest -= cross + cross.T
@@ -126,28 +120,30 @@ def _level(
     return bound_L
 
 
-def _intercepts(size_H: npt.NDArray[np.int64], slope_H: FloatArray, largest: int, groups: int) -> FloatArray:
-    """min over partitions of groups touched + slope * pairs together, for each set."""
-    intercept_H = np.zeros(len(size_H))
-    for size in np.unique(size_H):
-        here = size_H == size
-        points = partition_points(int(size), largest, groups)
-        intercept_H[here] = np.min([touched + slope_H[here] * pairs for pairs, touched in points], axis=0)
-    return intercept_H
+def _slopes(
+    problem: PlacementProblem, arrays: Mapping[str, npt.NDArray[np.float64]], level: str
+) -> tuple[FloatArray | None, FloatArray | None]:
+    """(slopes per member, None) or (None, slopes per pair), all layers' sets end to end."""
+    sets = sum(len(layer.weight_H) for layer in problem.profile.sets)
+    columns = {layer.expert_HK.shape[1] for layer in problem.profile.sets}
+    if len(columns) > 1:
+        raise UsageError("the bound on ranks touched needs sets with as many columns in every layer")
+    top_k, sign = columns.pop(), problem.redundant > 0
+    if f"{level}_slope_HQ" not in arrays:
+        return multiplier(arrays, f"{level}_slope_HK", (sets, top_k), sign=sign), None
+    if f"{level}_slope_HK" in arrays:
+        raise ViolationError(f"certificate has both {level}_slope_HK and {level}_slope_HQ; give one")
+    return None, multiplier(arrays, f"{level}_slope_HQ", (sets, top_k * (top_k - 1) // 2), sign=sign)
 
 
-def _pairs(expert_HK: npt.NDArray[np.int16], weight_H: FloatArray, experts: int) -> FloatArray:
-    """Weight of the sets that hold both experts, (E, E), symmetric."""
-    member_HE = np.zeros((len(expert_HK), experts), dtype=np.float32)
-    pair_EE = np.zeros((experts, experts))
-    row, column = np.nonzero(expert_HK >= 0)
-    member_HE[row, expert_HK[row, column]] = 1.0
-    step = 1 << 14
-    for start in range(0, len(expert_HK), step):
-        part = member_HE[start : start + step].astype(np.float64)
-        pair_EE += (part * weight_H[start : start + step, None]).T @ part
-    np.fill_diagonal(pair_EE, 0.0)
-    return pair_EE
+def _rows_cost(u_E: FloatArray, room: int, redundant: int, groups: int) -> float:
+    """Most that the multipliers of the rows can weigh: `room` others for every copy of an expert."""
+    if redundant == 0:
+        return room * float(u_E.sum())
+    others = len(u_E) - 1
+    cost = min(room, others) * float(u_E.sum())
+    gain = [u_E * min(room, max(0, others - copies * room)) for copies in range(1, groups)]
+    return cost + float(np.sort(np.concatenate([*gain, np.zeros(redundant)]))[::-1][:redundant].sum())
 
 
 def _triangles(
