@@ -26,13 +26,23 @@ class ProfileSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveSettings:
-    """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks."""
+    """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks.
+
+    `max_moved_gib`, `max_moved_layers`: how many GiB of weights a plan made with --from may have sent, and in how many
+    layers it may differ (None: no limit).
+    """
 
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
+    max_moved_gib: float | None = None
+    max_moved_layers: int | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "solve", ("batch_tokens",))
+        for name in ("max_moved_gib", "max_moved_layers"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"solve.{name} is {value}; give 0 or more, or leave it out for no limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

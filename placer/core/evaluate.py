@@ -54,9 +54,17 @@ def window_index(num_tokens: int, window_tokens: int) -> tuple[IntArray, int]:
     return np.minimum(np.arange(num_tokens) // window_tokens, windows - 1), windows
 
 
-def par(load_WR: npt.NDArray[np.integer] | npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Max / mean over the last axis; 1.0 where nothing is loaded."""
+def par(
+    load_WR: npt.NDArray[np.integer] | npt.NDArray[np.floating], speed_R: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Max / mean over the last axis; 1.0 where nothing is loaded.
+
+    With the ranks' relative speeds: the longest load / speed over total load / total speed, which is what a load in
+    proportion to the speeds would take.
+    """
     mean = load_WR.mean(axis=-1)
+    if speed_R is not None:
+        load_WR = load_WR * (speed_R.mean() / speed_R)
     return np.where(mean > 0, load_WR.max(axis=-1) / np.where(mean > 0, mean, 1), 1.0)
 
 

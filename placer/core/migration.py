@@ -23,7 +23,7 @@ BoolArray = npt.NDArray[np.bool_]
 class Moves:
     """Expert copies to be sent, in order of layer, destination and expert; each array is int64 (M,).
 
-    layer_M is the row of the placement, source_M a rank that holds the expert now, destination_M the rank that needs it.
+    layer_M is the row of the placement, source_M a rank that holds the expert now, destination_M the one that needs it.
     """
 
     layer_M: IntArray

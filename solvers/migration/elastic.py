@@ -54,7 +54,7 @@ def rescale(slot_expert_LP: IntArray, num_ranks: int, ranks: Sequence[int]) -> R
     old = ids < num_ranks
     stay_LNE[:, old] = now_LRE[:, ids[old]]
     need_LE = np.minimum(now_LRE.sum(axis=1), len(ids))
-    width = int(-(-need_LE.sum(axis=1) // len(ids)).max())
+    width = -(-int(need_LE.sum(axis=1).max()) // len(ids))
     slots = np.full((layers, len(ids), width), -1, dtype=np.int64)
     for layer in range(layers):
         for row, held_E in enumerate(_balance(stay_LNE[layer], need_LE[layer])):
@@ -84,7 +84,7 @@ def fewest_moves(stay_NE: npt.NDArray[np.bool_], need_E: IntArray) -> int:
 
 
 def _balance(stay_NE: npt.NDArray[np.bool_], need_E: IntArray) -> npt.NDArray[np.bool_]:
-    """held_NE with column sums `need_E`, row sums that differ by one at most and the fewest entries not in `stay_NE`."""
+    """held_NE with column sums `need_E`, row sums that differ by one at most, the fewest entries not in `stay_NE`."""
     ranks, experts = stay_NE.shape
     total = int(need_E.sum())
     flow = min_cost_flow.SimpleMinCostFlow()

@@ -96,7 +96,7 @@ def test_relabelling_is_the_best_of_all_labels(seed: int, width: int, redundant:
     found, needed = relabel(current, target, 4, ranks_per_node=width, common=common)
     blocks = target.reshape(2, 4, -1)
     counts = np.array(
-        [[len(moves(current[[l]], blocks[l][list(order)].reshape(1, -1), 4)) for l in range(2)]
+        [[len(moves(current[[at]], blocks[at][list(order)].reshape(1, -1), 4)) for at in range(2)]
          for order in nested_orders(4, width)]
     )  # fmt: skip
     assert len(needed) == (counts.sum(axis=1).min() if common else counts.min(axis=0).sum())
