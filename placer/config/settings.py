@@ -29,13 +29,15 @@ class SolveSettings:
     """What the engine will do with the plan: its replica choice and the tokens of one iteration over all ranks.
 
     `max_moved_gib`, `max_moved_layers`: how many GiB of weights a plan made with --from may have sent, and in how many
-    layers it may differ (None: no limit).
+    layers it may differ (None: no limit). `allow_empty_slots`: ranks may hold unequal numbers of experts: placer's
+    own executor and simulator take that, no engine does.
     """
 
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
     max_moved_gib: float | None = None
     max_moved_layers: int | None = None
+    allow_empty_slots: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "solve", ("batch_tokens",))

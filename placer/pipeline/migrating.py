@@ -44,6 +44,9 @@ def towards(
     """
     assert result.slot_expert_LP is not None
     cluster = problem.cluster
+    if problem.allow_empty_slots:
+        current, result = _one_width(current, result)
+        assert result.slot_expert_LP is not None
     changed = _relabelled(problem, current, result, seed) if SOLVERS[result.solver].align else result
     limited = settings.max_moved_gib is not None or settings.max_moved_layers is not None
     target_LP = changed.slot_expert_LP
@@ -101,6 +104,11 @@ def _relabelled(problem: PlacementProblem, current: Plan, result: SolveResult, s
         kind_R=kinds if len(np.unique(kinds)) > 1 else None,
     )
     renamed = replace(result, slot_expert_LP=slots_LP)
+    if problem.uneven and cluster.rank_memory_gib:
+        # equal ranks may hold unequal numbers in a layer: other labels must not add up to more than their memory
+        held_R = (slots_LP >= 0).reshape(len(slots_LP), cluster.num_ranks, -1).sum(axis=(0, 2))
+        if (held_R * problem.profile.model.expert_bytes > cluster.memory_bytes_R).any():
+            return result
     if problem.redundant == 0:
         return renamed
     # replicas are drawn in the order of ranks, so loads and ranks touched move by a hair
@@ -111,3 +119,18 @@ def _relabelled(problem: PlacementProblem, current: Plan, result: SolveResult, s
     if name != "par" and name == result.objective_name:
         renamed = replace(renamed, objective=float(np.mean([verdict.cost for verdict in verdicts])))
     return renamed
+
+
+def _one_width(current: Plan, result: SolveResult) -> tuple[Plan, SolveResult]:
+    """Both with the larger number of slots per rank, the new slots empty."""
+    assert result.slot_expert_LP is not None
+    width = max(current.num_slots, result.slot_expert_LP.shape[1]) // current.num_ranks
+    padded = []
+    for slots_LP in (current.slot_expert_LP, result.slot_expert_LP):
+        blocks = slots_LP.reshape(len(slots_LP), current.num_ranks, -1)
+        room = ((0, 0), (0, 0), (0, width - blocks.shape[2]))
+        padded.append(np.pad(blocks, room, constant_values=-1).reshape(len(slots_LP), -1))
+    if result.replica_share_LP is not None and padded[1].shape != result.slot_expert_LP.shape:
+        return current, result
+    # shares of the current plan play no part in what is moved
+    return replace(current, slot_expert_LP=padded[0], replica_share_LP=None), replace(result, slot_expert_LP=padded[1])

@@ -109,6 +109,7 @@ def solve(
         redundant=redundant,
         replica_choice=settings.replica_choice,
         batch_tokens=settings.batch_tokens,
+        allow_empty_slots=settings.allow_empty_slots,
     )
     _refuse_empty_layers(free.profile)
     if current is None:
@@ -147,6 +148,8 @@ def solve(
             budget = moved and (settings.max_moved_gib, settings.max_moved_layers) != (None, None)
             mend = " or solve.max_moved_gib, solve.max_moved_layers" if budget else ""
             raise InfeasibleError(f"{result.solver}: no placement found under the cap: {violation.message}{mend}")
+        elif baseline and violation.code == "memory":
+            raise InfeasibleError(f"{result.solver} gives every rank equal slots: {violation}")
         elif baseline and violation.code in ("max-par", "same-rank-replicas"):
             warnings.append(f"{violation} ({result.solver} does not know this rule; export refuses repeats)")
         else:
@@ -172,7 +175,7 @@ def judge(
     assert_runnable(plan)
     if not isinstance(source, RoutingTrace):
         warn_mismatch(plan, source.model, cluster)
-        return evaluate_profile(plan, profile_of(source, ProfileSettings()))
+        return evaluate_profile(plan, profile_of(source, ProfileSettings()), cluster.speed_R)
     return evaluate(
         plan,
         source.model,

@@ -51,8 +51,9 @@ def solve_under_budget(
     where `load_only`.
     PAR is kept under problem.max_par on the requests seen, and on fresh draws under what the target has; where the
     budget does not suffice for that, PAR is brought as near as it can be.
-    Guarantee: within the budgets; without budgets no worse than the target; a larger budget is never worse; no budget
-    (0) gives the current placement as it is, slots that keep their rank keep their place.
+    Guarantee: within the budgets; without budgets no worse than the target; a larger budget is never worse (excess over
+    the caps first, then the objective); no budget (0) gives the current placement as it is, and experts that keep their
+    rank keep their slot.
     Complexity O(L paths) of greedy_path, + the knapsack. Deterministic for a seed.
     Raises MismatchError for placements of other shapes, UsageError for budgets below 0 or a target that repeats an
     expert on a rank.

@@ -114,6 +114,8 @@ def _counts(
 def anneal_layer(
     rank_E: IntArray,
     node_R: IntArray,
+    slow_R: FloatArray,
+    real_experts: int,
     draw_EB: FloatArray,
     expert_HK: npt.NDArray[np.int16],
     weight_H: IntArray,
@@ -129,8 +131,10 @@ def anneal_layer(
 ) -> tuple[IntArray, float]:  # pragma: no cover - compiled
     """Best assignment found and its cost: ranks touched + node_weight * nodes touched + par_weight * PAR.
 
-    PAR is the mean over the B draws of max / mean rank load. Exchanges of two experts on different ranks, Metropolis
-    acceptance, temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
+    PAR is the mean over the B draws of max / mean rank load, a rank's load times slow_R = mean speed / speed. Experts
+    from `real_experts` on are empty slots: no load, in no set, never exchanged with each other. Exchanges of two
+    experts on different ranks, Metropolis acceptance, temperature falling geometrically from `hot` to `cold`. One step costs
+    O(R B + sets of the two experts).
     """
     experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
     rank_E = rank_E.copy()
@@ -141,10 +145,15 @@ def anneal_layer(
     load_RB = np.zeros((ranks, draws))
     for expert in range(experts):
         load_RB[rank_E[expert]] += draw_EB[expert]
+    total_B = np.empty(draws)
+    for b in range(draws):
+        total_B[b] = load_RB[:, b].sum()
+    for rank in range(ranks):
+        load_RB[rank] *= slow_R[rank]
     scale_B = np.empty(draws)
     par_cost = 0.0
     for b in range(draws):
-        scale_B[b] = par_weight * ranks / max(load_RB[:, b].sum(), 1e-300) / draws
+        scale_B[b] = par_weight * ranks / max(total_B[b], 1e-300) / draws
         par_cost += load_RB[:, b].max() * scale_B[b]
     cost = touched(expert_HK, weight_H, rank_E, ranks)
     # near_ER: tokens that chose expert e together with some expert on rank r, pairs counted
@@ -157,7 +166,7 @@ def anneal_layer(
     best_cost, best_E = cost + par_cost, rank_E.copy()
     for step in range(steps):
         temperature = hot * (cold / hot) ** (step / steps)
-        one, two = rng.integers(0, experts), rng.integers(0, experts)
+        one, two = rng.integers(0, real_experts), rng.integers(0, experts)
         mine, yours = rank_E[one], rank_E[two]
         if mine == yours:
             continue
@@ -165,7 +174,7 @@ def anneal_layer(
         if par_weight > 0:
             for b in range(draws):
                 shift = draw_EB[two, b] - draw_EB[one, b]
-                peak = max(load_RB[mine, b] + shift, load_RB[yours, b] - shift)
+                peak = max(load_RB[mine, b] + shift * slow_R[mine], load_RB[yours, b] - shift * slow_R[yours])
                 for rank in range(ranks):
                     if load_RB[rank, b] > peak and rank != mine and rank != yours:
                         peak = load_RB[rank, b]
@@ -202,8 +211,8 @@ def anneal_layer(
             near_ER[expert, yours] += moved
         for b in range(draws):
             shift = draw_EB[two, b] - draw_EB[one, b]
-            load_RB[mine, b] += shift
-            load_RB[yours, b] -= shift
+            load_RB[mine, b] += shift * slow_R[mine]
+            load_RB[yours, b] -= shift * slow_R[yours]
         cost += change
         par_cost = new_par
         if cost + par_cost < best_cost - 1e-9 * abs(best_cost):

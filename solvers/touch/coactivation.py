@@ -84,15 +84,21 @@ def solve_coactivation(
         raise UsageError("coactivation places one copy of each expert; use --solver replicated with --redundant")
     refuse_impossible_cap(problem)
     layers, ranks = profile.model.num_sites, cluster.num_ranks
-    start_LE = _rank_of_expert(lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed), ranks)
+    room_LR = problem.room_LR if problem.uneven else None
+    balanced_LP = lpt_slots(
+        profile.load_LE, problem.num_slots, ranks, seed=seed, speed_R=cluster.speed_R, room_LR=room_LR
+    )
+    start_LE = _rank_of_expert(balanced_LP, ranks, profile.model.num_experts)
     draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
     prepared = [_prepare(problem, layer, draws_LEB[layer], judge_LEB[layer]) for layer in range(layers)]
     node_weight = node_price(problem)
     pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
-    if start_LP is not None and start_LP.shape == (layers, problem.num_slots):
-        given_LE = _rank_of_expert(start_LP, ranks)
+    if start_LP is not None and (problem.uneven or start_LP.shape == (layers, problem.num_slots)):
+        given_LE = _rank_of_expert(start_LP, ranks, profile.model.num_experts)
         for layer, item in enumerate(prepared):
+            if room_LR is not None and (np.bincount(given_LE[layer], minlength=ranks) > room_LR[layer]).any():
+                continue
             pools[layer].append(_candidate(problem, item, given_LE[layer], node_weight))
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     floor = float(np.mean([pool[0].par for pool in pools]))
@@ -119,7 +125,8 @@ def solve_coactivation(
                     break
                 begin_E = min(pools[layer], key=lambda c: c.touched + price * c.par).placement
                 rng = np.random.default_rng([seed, phase == "refine", index, layer])
-                found_E = _anneal(problem, item, begin_E, node_weight, price, share, rng)
+                room_R = None if room_LR is None else room_LR[layer]
+                found_E = _anneal(problem, item, begin_E, room_R, node_weight, price, share, rng)
                 pools[layer].append(_candidate(problem, item, found_E, node_weight))
                 done += 1
                 if progress:
@@ -133,7 +140,7 @@ def solve_coactivation(
         solver="coactivation",
         status="solved",
         stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
-        slot_expert_LP=slots_of_ranks(rank_LE, ranks),
+        slot_expert_LP=slots_of_ranks(rank_LE, ranks, None if room_LR is None else int(room_LR.max())),
         objective_name=objective_name,
         objective=objective,
         bound=bound,
@@ -158,8 +165,9 @@ def touch_objective(problem: PlacementProblem) -> tuple[str, float]:
     """Name of what both touching solvers minimise, and a lower bound on it."""
     weight = node_price(problem)
     name = "ranks_touched" if weight == 0 else f"ranks_touched + {weight:.3g} * nodes_touched"
-    on_ranks = capacity_bound(problem, problem.slots_per_rank)
-    on_nodes = capacity_bound(problem, problem.slots_per_rank * problem.cluster.ranks_per_node)
+    most = int(problem.room_LR.max())
+    on_ranks = capacity_bound(problem, most)
+    on_nodes = capacity_bound(problem, most * problem.cluster.ranks_per_node)
     return name, on_ranks + weight * on_nodes
 
 
@@ -171,14 +179,25 @@ def node_price(problem: PlacementProblem) -> float:
     return cluster.intra.gbytes_per_s / cluster.inter.gbytes_per_s
 
 
-def slots_of_ranks(rank_LE: IntArray, num_ranks: int) -> IntArray:
-    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank."""
-    return canonical_slots(np.argsort(rank_LE, axis=1, kind="stable"), num_ranks)
+def slots_of_ranks(rank_LE: IntArray, num_ranks: int, width: int | None = None) -> IntArray:
+    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank.
+
+    With `width` counts may differ: every rank has so many slots, and -1 in those it does not use.
+    """
+    order_LE = np.argsort(rank_LE, axis=1, kind="stable")
+    if width is None:
+        return canonical_slots(order_LE, num_ranks)
+    slots = np.full((len(rank_LE), num_ranks, width), -1, dtype=np.int64)
+    for layer, (rank_E, order_E) in enumerate(zip(rank_LE, order_LE, strict=True)):
+        ranks = rank_E[order_E]
+        slots[layer, ranks, np.arange(len(ranks)) - np.searchsorted(ranks, ranks)] = order_E
+    return slots.reshape(len(rank_LE), -1)
 
 
-def _rank_of_expert(slots_LP: IntArray, num_ranks: int) -> IntArray:
+def _rank_of_expert(slots_LP: IntArray, num_ranks: int, experts: int) -> IntArray:
     """Rank of each expert of a placement without replicas, (L, E)."""
-    return np.argsort(slots_LP, axis=1) // (slots_LP.shape[1] // num_ranks)
+    # empty slots (-1) come first
+    return np.argsort(slots_LP, axis=1, kind="stable")[:, -experts:] // (slots_LP.shape[1] // num_ranks)
 
 
 def _prepare(problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray) -> _Layer:
@@ -201,14 +220,20 @@ def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_w
     load_RB = np.zeros((ranks, item.judge_EB.shape[1]))
     np.add.at(load_RB, rank_E, item.judge_EB)
     seen_R = np.bincount(rank_E, weights=item.load_E, minlength=ranks)
-    par_seen = float(seen_R.max() / seen_R.mean()) if seen_R.any() else 1.0
-    return Candidate(touched=cost / item.tokens, par=float(par(load_RB.T).mean()), par_seen=par_seen, placement=rank_E)
+    speed_R = problem.cluster.speed_R
+    return Candidate(
+        touched=cost / item.tokens,
+        par=float(par(load_RB.T, speed_R).mean()),
+        par_seen=float(par(seen_R, speed_R)),
+        placement=rank_E,
+    )
 
 
 def _anneal(
     problem: PlacementProblem,
     item: _Layer,
     begin_E: IntArray,
+    room_R: IntArray | None,
     node_weight: float,
     price: float,
     share: float,
@@ -217,15 +242,23 @@ def _anneal(
     experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
     # one exchange changes the sets of two experts: that is the natural unit of temperature
     unit = item.tokens * top_k / experts * (1 + node_weight)
+    speed_R = problem.cluster.speed_R
+    slow_R = np.ones(problem.cluster.num_ranks) if speed_R is None else speed_R.mean() / speed_R
+    # an empty slot is an expert of no load and in no set: exchanging it with one moves that one alone
+    empty = np.zeros(0, dtype=np.int64)
+    if room_R is not None:
+        empty = np.repeat(np.arange(len(room_R)), room_R - np.bincount(begin_E, minlength=len(room_R)))
     found_E, _ = anneal_layer(
-        begin_E,
+        np.concatenate((begin_E, empty)),
         problem.cluster.node_R,
-        item.draw_EB,
+        slow_R,
+        experts,
+        np.pad(item.draw_EB, ((0, len(empty)), (0, 0))),
         item.sets.expert_HK,
         item.sets.weight_H,
-        item.first_E,
+        np.pad(item.first_E, (0, len(empty)), mode="edge"),
         item.set_I,
-        item.pair_EE,
+        np.pad(item.pair_EE, (0, len(empty))),
         node_weight,
         price * item.tokens,
         max(1_000, int(item.steps * share)),
@@ -233,7 +266,7 @@ def _anneal(
         0.008 * unit,
         rng,
     )
-    return found_E
+    return found_E[:experts]
 
 
 def _meets(chosen: list[Candidate], cap: float, cap_seen: float) -> bool:
