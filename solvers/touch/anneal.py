@@ -133,8 +133,8 @@ def anneal_layer(
 
     PAR is the mean over the B draws of max / mean rank load, a rank's load times slow_R = mean speed / speed. Experts
     from `real_experts` on are empty slots: no load, in no set, never exchanged with each other. Exchanges of two
-    experts on different ranks, Metropolis acceptance, temperature falling geometrically from `hot` to `cold`. One step costs
-    O(R B + sets of the two experts).
+    experts on different ranks, Metropolis acceptance, temperature falling geometrically from `hot` to `cold`. One step
+    costs O(R B + sets of the two experts).
     """
     experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
     rank_E = rank_E.copy()
