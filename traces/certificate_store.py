@@ -33,15 +33,6 @@ LEVEL_AXES = {
     "triangle_N4": 2,
     "tau_N": 1,
 }
-    "slope_HK": 2,
-    "slope_HQ": 2,
-    "u_LE": 2,
-    "v_LE": 2,
-    "split_LEE": 3,
-    "spectrum_LEE": 3,
-    "triangle_N4": 2,
-    "tau_N": 1,
-}
 KNOWN: dict[str, dict[str, int]] = {
     "par": {},
     "kept": {

@@ -136,6 +136,9 @@ def solve(
         "seconds": round(result.seconds, 3),
         "mode": mode,
         "max_par": solved.problem.max_par,
+        "moved_experts": solved.moved_experts,
+        "moved_bytes": solved.moved_bytes,
+        "moved_layers": solved.moved_layers,
         **judged,
         "seed": seed,
         "plan": None if output is None else str(output),
@@ -182,6 +185,11 @@ def _solved_tables(data: dict[str, Any]) -> Any:
     keys = ("solver", "status", "stopped_by", "objective_name", "objective", "bound", "bound_by", "gap", "seconds")
     rows = [(key, data[key]) for key in keys]
     rows[keys.index("gap")] = ("gap", _percent(data["gap"]))
+    if data["moved_experts"] is not None:
+        moved = (
+            f"{data['moved_experts']} experts in {data['moved_layers']} layers, {data['moved_bytes'] / 2**30:.3g} GiB"
+        )
+        rows.append(("moved from the plan given", moved))
     rows += _judged_rows(data)
     cells = tuple((key, format_cell(value)) for key, value in rows)
     notes = (data["message"],) if data["message"] else ()

@@ -30,16 +30,26 @@ class SolveSettings:
 
     max_window_par: cap on max / mean rank load in windows of profile.window_tokens, mean over windows and layers.
     "balanced" is what a load-only plan has on unseen windows; null is none. There is none either where PAR has no cap.
+    `max_moved_gib`, `max_moved_layers`: how many GiB of weights a plan made with --from may have sent, and in how many
+    layers it may differ (None: no limit). `allow_empty_slots`: ranks may hold unequal numbers of experts: placer's
+    own executor and simulator take that, no engine does.
     """
 
     replica_choice: ReplicaChoice = "visit_first"
     batch_tokens: int = 2048
     max_window_par: float | Literal["balanced"] | None = "balanced"
+    max_moved_gib: float | None = None
+    max_moved_layers: int | None = None
+    allow_empty_slots: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "solve", ("batch_tokens",))
         if isinstance(self.max_window_par, float | int) and not self.max_window_par >= 1:
             raise UsageError(f"solve.max_window_par is {self.max_window_par}; max / mean load cannot be below 1.0")
+        for name in ("max_moved_gib", "max_moved_layers"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"solve.{name} is {value}; give 0 or more, or leave it out for no limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placer.core.errors import ViolationError
+from placer.core.evaluate import par
 from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
 from placer.core.replicas import layer_slots, serve_sets, served_share
@@ -140,11 +141,12 @@ def _check_share(plan: Plan, layer: int, experts: int) -> list[Violation]:
 
 def _check_par(problem: PlacementProblem, plan: Plan) -> list[Violation]:
     load_LR = np.stack([_load(problem, plan, layer) for layer in range(len(plan.slot_expert_LP))])
-    mean_L = load_LR.mean(axis=1)
-    par = float(np.where(mean_L > 0, load_LR.max(axis=1) / np.maximum(mean_L, 1e-300), 1.0).mean())
-    if problem.max_par is None or par <= problem.max_par + 1e-9:
+    mean_par = float(par(load_LR, problem.cluster.speed_R).mean())
+    if problem.max_par is None or mean_par <= problem.max_par + 1e-9:
         return []
-    message = f"max / mean rank load is {par:.4f} (mean over layers), the limit is {problem.max_par:g}; raise --max-par"
+    message = (
+        f"max / mean rank load is {mean_par:.4f} (mean over layers), the limit is {problem.max_par:g}; raise --max-par"
+    )
     return [Violation("max-par", "plan", message)]
 
 
@@ -163,11 +165,14 @@ def _load(problem: PlacementProblem, plan: Plan, layer: int) -> np.ndarray[tuple
 def _check_memory(problem: PlacementProblem, plan: Plan) -> list[Violation]:
     model, cluster = problem.profile.model, problem.cluster
     held_R = (plan.slot_expert_LP >= 0).reshape(len(plan.slot_expert_LP), plan.num_ranks, -1).sum(axis=(0, 2))
-    worst = int(held_R.argmax())
-    need = int(held_R[worst]) * model.expert_bytes
-    if need <= cluster.memory_bytes:
+    over_R = held_R * model.expert_bytes - cluster.memory_bytes_R
+    worst = int(over_R.argmax())
+    if over_R[worst] <= 0:
         return []
-    message = f"needs {need / 2**30:.1f} GiB of experts; {cluster.name!r} has {cluster.memory_gib:g} GiB a rank"
+    need, has = int(held_R[worst]) * model.expert_bytes, int(cluster.memory_bytes_R[worst])
+    message = f"needs {need / 2**30:.1f} GiB of experts; {cluster.name!r} has {has / 2**30:g} GiB a rank"
+    if cluster.rank_memory_gib:
+        message = f"needs {need / 2**30:.3g} GiB of experts; it has {has / 2**30:.3g} GiB of {cluster.name!r}"
     return [Violation("memory", f"rank {worst}", message)]
 
 

@@ -70,8 +70,10 @@ class Compute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """`nodes` x `ranks_per_node` equal ranks.
+    """`nodes` x `ranks_per_node` ranks, equal but for `rank_speed` and `rank_memory_gib`.
 
+    `rank_speed` is the speed of each rank's compute as a multiple of `compute` (empty: 1 for all), `rank_memory_gib`
+    its memory for expert weights (empty: `memory_gib` for all).
     `intra` is each rank's port to its node's other ranks, `inter` each rank's own network port (its NIC), `uplink` the
     network port that a whole node shares (None: the sum of the NICs is the only limit). Full duplex everywhere.
     """
@@ -84,6 +86,8 @@ class ClusterSpec:
     inter: LinkClass
     compute: Compute
     uplink: LinkClass | None = None
+    rank_speed: tuple[float, ...] = ()
+    rank_memory_gib: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("nodes", "ranks_per_node"):
@@ -97,6 +101,17 @@ class ClusterSpec:
             value = getattr(self, field)
             if not isinstance(value, kind) and not (field == "uplink" and value is None):
                 raise UsageError(f"cluster.{field} is {value!r}; give a {kind.__name__}")
+        for field in ("rank_speed", "rank_memory_gib"):
+            values = getattr(self, field)
+            if not isinstance(values, tuple):
+                raise UsageError(f"cluster.{field} is {values!r}; give a list with a number for every rank")
+            if values and len(values) != self.num_ranks:
+                raise UsageError(
+                    f"cluster.{field} has {len(values)} numbers for {self.num_ranks} ranks; give one for every rank, "
+                    "or leave it out where all are equal"
+                )
+            for rank, value in enumerate(values):
+                _positive("cluster", f"{field}[{rank}]", value)
 
     @property
     def num_ranks(self) -> int:
@@ -105,8 +120,26 @@ class ClusterSpec:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of one rank's memory that expert weights may fill."""
+        """Bytes of one rank's memory that expert weights may fill, where `rank_memory_gib` does not say otherwise."""
         return int(self.memory_gib * 2**30)
+
+    @property
+    def memory_bytes_R(self) -> npt.NDArray[np.int64]:
+        """Bytes of each rank's memory that expert weights may fill, (R,)."""
+        gib = self.rank_memory_gib or (self.memory_gib,) * self.num_ranks
+        return np.array([int(value * 2**30) for value in gib], dtype=np.int64)
+
+    @property
+    def speed_R(self) -> npt.NDArray[np.float64] | None:
+        """Relative compute speed of each rank, (R,), or None where all are equal."""
+        return np.array(self.rank_speed, dtype=np.float64) if len(set(self.rank_speed)) > 1 else None
+
+    @property
+    def kind_R(self) -> npt.NDArray[np.int64]:
+        """Equal numbers for ranks of equal speed and memory, (R,): only those may take each other's label."""
+        pairs = np.stack([self.rank_speed or np.ones(self.num_ranks), self.memory_bytes_R])
+        kinds: npt.NDArray[np.int64] = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+        return kinds
 
     @property
     def node_R(self) -> npt.NDArray[np.int64]:
@@ -119,8 +152,15 @@ class ClusterSpec:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the YAML form of a cluster has the same keys."""
-        return asdict(self)
+        """Plain JSON types; the YAML form of a cluster has the same keys. What is empty is left out."""
+        data = asdict(self)
+        for field in ("rank_speed", "rank_memory_gib"):
+            if data[field]:
+                data[field] = list(data[field])
+            else:
+                # a cluster of equal ranks has the hash it had before ranks could differ
+                del data[field]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "cluster") -> "ClusterSpec":
@@ -130,6 +170,9 @@ class ClusterSpec:
             for link in ("intra", "inter", "uplink"):
                 if fields.get(link) is not None:
                     fields[link] = LinkClass(**fields[link])
+            for field in ("rank_speed", "rank_memory_gib"):
+                if field in fields:
+                    fields[field] = tuple(fields[field])
             fields["compute"] = Compute(**fields["compute"])
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ time(layer) = attention + sum of dispatch legs + experts + sum of combine legs, 
     leg      = max over ports of (alpha * messages + bytes / beta), ports being every rank's port inside the node,
                every rank's network port and every node's uplink, each in both directions (full duplex)
     experts  = max over ranks of launch + sum over slots with tokens of max(weight read, tokens * flops / rate)
+               / the rank's relative speed
 """
 
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def expert_ns(cluster: ClusterSpec, model: ModelSpec, tokens_WP: IntArray) -> In
         tokens_WP > 0, np.maximum(read_ns, tokens_WP * (2 * model.expert_params / compute.flops_per_ns)), 0
     )
     per_rank = work_WP.reshape(len(tokens_WP), cluster.num_ranks, -1).sum(axis=2)
+    if cluster.rank_speed:
+        per_rank = per_rank / np.array(cluster.rank_speed)
     return np.rint(np.where(per_rank > 0, per_rank + compute.launch_us * 1e3, 0)).astype(np.int64)
 
 
@@ -85,6 +88,8 @@ def attention_ns(cluster: ClusterSpec, model: ModelSpec, home_WR: IntArray) -> I
     compute = cluster.compute
     read_ns = params * model.weight_bytes / compute.weight_read_gbytes_per_s
     work = np.maximum(read_ns, home_WR * (2 * params / compute.flops_per_ns))
+    if cluster.rank_speed:
+        work = work / np.array(cluster.rank_speed)
     return np.rint(np.where((home_WR > 0) & (params > 0), work + compute.launch_us * 1e3, 0)).astype(np.int64)
 
 

@@ -25,6 +25,8 @@ IntArray = npt.NDArray[np.int64]
 class Evaluation:
     """What a plan does to a set of tokens. PAR = max / mean rank load, a rank's load being its (token, expert) pairs.
 
+    Where ranks differ in speed PAR is of load / speed, as `par` says.
+
     ranks_touched    mean over tokens and layers of distinct ranks a token's experts lie on
     nodes_touched    the same for nodes
     copies_sent      mean copies a token sends to other ranks per layer under the plan's mode
@@ -54,9 +56,17 @@ def window_index(num_tokens: int, window_tokens: int) -> tuple[IntArray, int]:
     return np.minimum(np.arange(num_tokens) // window_tokens, windows - 1), windows
 
 
-def par(load_WR: npt.NDArray[np.integer] | npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Max / mean over the last axis; 1.0 where nothing is loaded."""
+def par(
+    load_WR: npt.NDArray[np.integer] | npt.NDArray[np.floating], speed_R: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Max / mean over the last axis; 1.0 where nothing is loaded.
+
+    With the ranks' relative speeds: the longest load / speed over total load / total speed, which is what a load in
+    proportion to the speeds would take.
+    """
     mean = load_WR.mean(axis=-1)
+    if speed_R is not None:
+        load_WR = load_WR * (speed_R.mean() / speed_R)
     return np.where(mean > 0, load_WR.max(axis=-1) / np.where(mean > 0, mean, 1), 1.0)
 
 
@@ -136,8 +146,8 @@ def evaluate(
         slot_key = window_T[np.nonzero(used)[0]] * len(slots.rank_P) + slot_TK[used]
         tokens_WP = np.bincount(slot_key, minlength=windows * len(slots.rank_P)).reshape(windows, -1)
         load_WR = rank_load(tokens_WP, plan.num_ranks)
-        pooled_par.append(float(par(load_WR.sum(axis=0))))
-        window_par.append(par(load_WR))
+        pooled_par.append(float(par(load_WR.sum(axis=0), cluster.speed_R)))
+        window_par.append(par(load_WR, cluster.speed_R))
         rank_TK = np.where(used, slots.rank_P[slot_TK], -1)
         if rank_before is not None:
             both = (rank_before[:, :, None] >= 0) & (rank_TK[:, None, :] >= 0)

@@ -35,8 +35,8 @@ class ProfileEvaluation:
     kept: float | None
 
 
-def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
-    """Ranks and nodes touched, PAR and kept share of `plan` on the profile's own requests.
+def evaluate_profile(plan: Plan, profile: Profile, speed_R: npt.NDArray[np.float64] | None = None) -> ProfileEvaluation:
+    """Ranks and nodes touched, PAR (with `speed_R` of load / speed) and kept share of `plan` on the profile's requests.
 
     Raises MismatchError where plan and profile are of different shapes.
     """
@@ -66,8 +66,8 @@ def evaluate_profile(plan: Plan, profile: Profile) -> ProfileEvaluation:
         used = row >= 0
         np.add.at(share_LRE[layer], (slots.rank_P[used], row[used]), share_P[used])
     load_WLR = np.einsum("wle,lre->wlr", profile.load_WLE.astype(np.float64), share_LRE, optimize=True)
-    pooled = par(load_WLR.sum(axis=0))
-    windows = par(load_WLR)
+    pooled = par(load_WLR.sum(axis=0), speed_R)
+    windows = par(load_WLR, speed_R)
     kept = None
     if profile.transition_LEE is not None:
         pairs = int(profile.transition_LEE.sum())

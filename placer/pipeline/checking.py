@@ -56,7 +56,7 @@ def check_plan(
     """
     settings, counting = solve_settings or SolveSettings(), profile_settings or ProfileSettings()
     profile = profile_of(source, counting)
-    violations = tuple(_violations(plan, profile, cluster, max_par))
+    violations = tuple(_violations(plan, profile, cluster, max_par, settings.allow_empty_slots))
     if violations:
         return CheckReport(violations=violations)
     warnings = warn_mismatch(plan, profile.model, cluster, profile.trace_sha256)
@@ -64,7 +64,11 @@ def check_plan(
     regressions: list[str] = []
     if baseline is not None:
         # EPLB, what people compare with, may repeat an expert on a rank
-        broken = [v for v in _violations(baseline, profile, cluster, None) if v.code != "same-rank-replicas"]
+        broken = [
+            v
+            for v in _violations(baseline, profile, cluster, None, settings.allow_empty_slots)
+            if v.code != "same-rank-replicas"
+        ]
         if broken:
             raise MismatchError(f"the baseline plan is not legal here: {broken[0]}")
         before = judge(baseline, source, cluster, settings, window_tokens=counting.window_tokens)
@@ -90,15 +94,22 @@ def _figure(evaluation: Evaluation | ProfileEvaluation, name: str, mode: str) ->
     return value.get(mode) if isinstance(value, dict) else value
 
 
-def _violations(plan: Plan, profile: Profile, cluster: ClusterSpec, max_par: float | None) -> list[Violation]:
+def _violations(
+    plan: Plan, profile: Profile, cluster: ClusterSpec, max_par: float | None, allow_empty: bool
+) -> list[Violation]:
     """The rules `plan` breaks, whatever number of slots it has."""
     experts, ranks = profile.model.num_experts, cluster.num_ranks
     possible = experts <= plan.num_slots <= experts * ranks and plan.num_slots % ranks == 0
     # a number of slots that no problem can have is for `check` to name, beside the fewest that there must be
-    redundant = plan.num_slots - experts if possible else -experts % ranks
+    redundant = plan.num_slots - experts if possible and not allow_empty else -experts % ranks
     try:
         problem = PlacementProblem(
-            profile=profile, cluster=cluster, mode=plan.mode, redundant=redundant, max_par=max_par
+            profile=profile,
+            cluster=cluster,
+            mode=plan.mode,
+            redundant=redundant,
+            max_par=max_par,
+            allow_empty_slots=allow_empty,
         )
     except InfeasibleError as error:
         if not profile.model.is_uniform:

@@ -16,6 +16,7 @@ from placer.core.modes import DispatchMode
 from placer.core.plan import Plan
 from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
+from placer.pipeline.migrating import refuse_budget_without_plan, towards
 from placer.pipeline.sources import Progress, Source, profile_of, sources_of, warn_mismatch
 from solvers.balance.load import par_bound
 from solvers.registry import SOLVERS, run_solver
@@ -32,13 +33,19 @@ BASELINES = ("linear", "round_robin", "eplb", "eplb_hierarchical", "lplb", "moet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """A plan, how it was found, and what it does to the requests it was planned on."""
+    """A plan, how it was found, and what it does to the requests it was planned on.
+
+    moved_experts, moved_bytes, moved_layers   what is sent to get there from the plan that was given; None without one
+    """
 
     plan: Plan
     result: SolveResult
     problem: PlacementProblem
     evaluation: Evaluation | ProfileEvaluation
     warnings: tuple[str, ...] = ()
+    moved_experts: int | None = None
+    moved_bytes: int | None = None
+    moved_layers: int | None = None
 
 
 def make_plan(problem: PlacementProblem, result: SolveResult, seed: int) -> Plan:
@@ -107,8 +114,11 @@ def solve(
         redundant=redundant,
         replica_choice=settings.replica_choice,
         batch_tokens=settings.batch_tokens,
+        allow_empty_slots=settings.allow_empty_slots,
     )
     _refuse_empty_layers(free.profile)
+    if current is None:
+        refuse_budget_without_plan(settings)
     cap = max(DEFAULT_CAP, round(1.05 * par_bound(free), 4)) if max_par == "auto" else max_par
     problem = _capped(free, cap, settings)
     start, warnings = None, []
@@ -126,6 +136,15 @@ def solve(
         warnings.append("interrupted: this is the best plan found so far")
     if start is not None and solver != "auto" and "start_LP" not in SOLVERS[solver].takes:
         warnings.append(f"solver {result.solver} starts afresh; --from is not used")
+    moved = {}
+    if current is not None and result.slot_expert_LP is not None:
+        migrated = towards(problem, current, result, settings, seed)
+        result, warnings = migrated.result, [*warnings, *migrated.warnings]
+        moved = {
+            "moved_experts": len(migrated.moves),
+            "moved_bytes": migrated.moves.moved_bytes(problem.profile.model.expert_bytes),
+            "moved_layers": len(migrated.moves.layers),
+        }
     plan = make_plan(problem, result, seed)
     for violation in check(problem, plan):
         baseline = solver in BASELINES
@@ -133,13 +152,17 @@ def solve(
             # nobody asked for this cap: a baseline is shown as it is, a solver did what it could
             warnings += [] if baseline else [f"the default load cap is not met: {violation.message}"]
         elif violation.code == "max-par" and not baseline:
-            raise InfeasibleError(f"{result.solver}: no placement found under the cap: {violation.message}")
+            budget = moved and (settings.max_moved_gib, settings.max_moved_layers) != (None, None)
+            mend = " or solve.max_moved_gib, solve.max_moved_layers" if budget else ""
+            raise InfeasibleError(f"{result.solver}: no placement found under the cap: {violation.message}{mend}")
+        elif baseline and violation.code == "memory":
+            raise InfeasibleError(f"{result.solver} gives every rank equal slots: {violation}")
         elif baseline and violation.code in ("max-par", "same-rank-replicas"):
             warnings.append(f"{violation} ({result.solver} does not know this rule; export refuses repeats)")
         else:
             raise SolverError(f"{result.solver} returned an illegal plan: {violation}")
     evaluation = judge(plan, source, cluster, settings, window_tokens=counting.window_tokens)
-    return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings))
+    return Solved(plan=plan, result=result, problem=problem, evaluation=evaluation, warnings=tuple(warnings), **moved)
 
 
 def _capped(free: PlacementProblem, max_par: float | None, settings: SolveSettings) -> PlacementProblem:
@@ -170,7 +193,7 @@ def judge(
     assert_runnable(plan)
     if not isinstance(source, RoutingTrace):
         warn_mismatch(plan, source.model, cluster)
-        return evaluate_profile(plan, profile_of(source, ProfileSettings()))
+        return evaluate_profile(plan, profile_of(source, ProfileSettings()), cluster.speed_R)
     return evaluate(
         plan,
         source.model,

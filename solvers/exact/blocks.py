@@ -35,7 +35,7 @@ def applies_to(problem: PlacementProblem) -> bool:
     """Whether the blocks can be listed: expert sets, no replicas, ranks alone in the objective, few enough blocks."""
     experts = problem.profile.model.num_experts
     small = experts <= MOST_EXPERTS and comb(experts, problem.slots_per_rank) <= MOST_COLUMNS
-    plain = not problem.redundant and not problem.allow_empty_slots
+    plain = not problem.redundant and not problem.allow_empty_slots and problem.cluster.speed_R is None
     return (
         bool(problem.profile.sets)
         and plain

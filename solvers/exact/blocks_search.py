@@ -102,6 +102,8 @@ class _Layer:
         found_E, _ = anneal_layer(
             begin.placement,
             np.zeros(self.ranks, dtype=np.int64),
+            np.ones(self.ranks),
+            experts,
             self.given.load_E.astype(np.float64)[:, None],
             np.array([price * tokens]),
             self.given.expert_HK,

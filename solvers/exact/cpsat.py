@@ -41,7 +41,7 @@ def solve_cpsat(problem: PlacementProblem, *, time_limit_s: float, seed: int = 0
     Raises
     ------
     UsageError
-        for replicas, a limit that is no positive number, or workers below 1
+        for replicas, ranks of unequal speed or slots, a limit that is no positive number, or workers below 1
 
     Notes
     -----
@@ -51,6 +51,7 @@ def solve_cpsat(problem: PlacementProblem, *, time_limit_s: float, seed: int = 0
     """
     if problem.redundant:
         raise UsageError(f"cpsat places no replicas and redundant is {problem.redundant}; use --redundant 0")
+    problem.refuse_unlike_ranks("cpsat")
     if workers < 1:
         raise UsageError(f"workers is {workers}; give 1 or more")
     started = time.perf_counter()

@@ -131,6 +131,8 @@ def _busiest(load_RB: FloatArray, top_3B: IntArray) -> None:  # pragma: no cover
 def anneal_layer(
     rank_E: IntArray,
     node_R: IntArray,
+    slow_R: FloatArray,
+    real_experts: int,
     draw_EB: FloatArray,
     price_B: FloatArray,
     expert_HK: npt.NDArray[np.int16],
@@ -147,10 +149,12 @@ def anneal_layer(
 ) -> tuple[IntArray, float]:  # pragma: no cover - compiled
     """Best assignment found and its cost: ranks touched + node_weight * nodes touched + sum over draws of price * PAR.
 
-    PAR of a draw is its max / mean rank load. Exchanges of two experts on different ranks, Metropolis acceptance,
-    temperature falling geometrically from `hot` to `cold`. One step costs O(R B + sets of the two experts).
+    PAR of a draw is its max / mean rank load, a rank's load times slow_R = mean speed / speed. Experts from
+    `real_experts` on are empty slots: no load, in no set, never exchanged with each other. Exchanges of two experts on
+    different ranks, Metropolis acceptance, temperature falling geometrically from `hot` to `cold`. One step costs
+    O(R B + sets of the two experts).
     With a `pair_value` above 0 the sets are not looked at: two experts of one token that are together are taken to save
-    it that many ranks (nodes are left out too); a step then costs O(R B), which is how large layers are started.
+    it that many ranks (nodes are left out too); a step then costs O(B), which is how large layers are started.
     """
     experts, ranks, draws = len(rank_E), len(node_R), draw_EB.shape[1]
     rank_E = rank_E.copy()
@@ -164,10 +168,15 @@ def anneal_layer(
     load_RB = np.zeros((ranks, draws))
     for expert in range(experts):
         load_RB[rank_E[expert]] += draw_EB[expert]
+    total_B = np.empty(draws)
+    for b in range(draws):
+        total_B[b] = load_RB[:, b].sum()
+    for rank in range(ranks):
+        load_RB[rank] *= slow_R[rank]
     scale_B = np.empty(draws)
     par_cost = 0.0
     for b in range(draws):
-        scale_B[b] = price_B[b] * ranks / max(load_RB[:, b].sum(), 1e-300)
+        scale_B[b] = price_B[b] * ranks / max(total_B[b], 1e-300)
         par_cost += load_RB[:, b].max() * scale_B[b]
     # of the three busiest ranks at least one stays as it is when two exchange experts
     top_3B = np.zeros((min(3, ranks), draws), dtype=np.int64)
@@ -183,7 +192,7 @@ def anneal_layer(
     best_cost, best_E = cost + par_cost, rank_E.copy()
     for step in range(steps):
         temperature = hot * (cold / hot) ** (step / steps)
-        one, two = rng.integers(0, experts), rng.integers(0, experts)
+        one, two = rng.integers(0, real_experts), rng.integers(0, experts)
         mine, yours = rank_E[one], rank_E[two]
         if mine == yours:
             continue
@@ -191,7 +200,7 @@ def anneal_layer(
         for b in range(draws):
             if scale_B[b] > 0:
                 shift = draw_EB[two, b] - draw_EB[one, b]
-                peak = max(load_RB[mine, b] + shift, load_RB[yours, b] - shift)
+                peak = max(load_RB[mine, b] + shift * slow_R[mine], load_RB[yours, b] - shift * slow_R[yours])
                 for place in range(len(top_3B)):
                     rank = top_3B[place, b]
                     if rank != mine and rank != yours:
@@ -233,8 +242,8 @@ def anneal_layer(
             near_ER[expert, yours] += moved
         for b in range(draws):
             shift = draw_EB[two, b] - draw_EB[one, b]
-            load_RB[mine, b] += shift
-            load_RB[yours, b] -= shift
+            load_RB[mine, b] += shift * slow_R[mine]
+            load_RB[yours, b] -= shift * slow_R[yours]
         _busiest(load_RB, top_3B)
         cost += change
         par_cost = new_par

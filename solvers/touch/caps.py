@@ -60,9 +60,10 @@ def balanced_window_par(problem: PlacementProblem) -> float:
     about a tenth, while that of a load-only plan does not. So the cap is below what the load-only plan has.
     """
     profile, ranks = problem.profile, problem.cluster.num_ranks
-    slots_LP = lpt_slots(profile.load_LE, problem.num_slots, ranks)
+    speed_R, room_LR = problem.cluster.speed_R, problem.room_LR if problem.uneven else None
+    slots_LP = lpt_slots(profile.load_LE, problem.num_slots, ranks, speed_R=speed_R, room_LR=room_LR)
     windows_WLR = np.stack([rank_load_LR(load_LE, slots_LP, ranks) for load_LE in profile.load_WLE])
-    return 1.0 + WINDOW_SHARE * (float(par(windows_WLR).mean()) - 1.0)
+    return 1.0 + WINDOW_SHARE * (float(par(windows_WLR, speed_R).mean()) - 1.0)
 
 
 def refuse_impossible_cap(problem: PlacementProblem) -> None:

@@ -100,7 +100,11 @@ def solve_coactivation(
         raise UsageError("coactivation places one copy of each expert; use --solver replicated with --redundant")
     refuse_impossible_cap(problem)
     layers, ranks = profile.model.num_sites, cluster.num_ranks
-    start_LE = _rank_of_expert(lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed), ranks)
+    room_LR = problem.room_LR if problem.uneven else None
+    balanced_LP = lpt_slots(
+        profile.load_LE, problem.num_slots, ranks, seed=seed, speed_R=cluster.speed_R, room_LR=room_LR
+    )
+    start_LE = _rank_of_expert(balanced_LP, ranks, profile.model.num_experts)
     loads = max(8, min(DRAWS + WINDOWS, MOST_LOADS // profile.model.num_experts))
     draws_LEB = load_draws(profile.load_FLE, min(DRAWS, loads // 2), seed, spread=SEARCH_SPREAD)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
@@ -112,9 +116,11 @@ def solve_coactivation(
         prepared.append(_prepare(problem, layer, searched_EB, draws_LEB.shape[2], judge_LEB[layer], window_EW))
     node_weight = node_price(problem)
     pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
-    if start_LP is not None and start_LP.shape == (layers, problem.num_slots):
-        given_LE = _rank_of_expert(start_LP, ranks)
+    if start_LP is not None and (problem.uneven or start_LP.shape == (layers, problem.num_slots)):
+        given_LE = _rank_of_expert(start_LP, ranks, profile.model.num_experts)
         for layer, item in enumerate(prepared):
+            if room_LR is not None and (np.bincount(given_LE[layer], minlength=ranks) > room_LR[layer]).any():
+                continue
             pools[layer].append(_candidate(problem, item, given_LE[layer], node_weight))
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     floor = float(np.mean([pool[0].par for pool in pools]))
@@ -148,10 +154,10 @@ def solve_coactivation(
                         break
                     begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
                     rng = np.random.default_rng([seed, phase == "refine", index, layer])
-                    begin_E = begin.placement
+                    begin_E, room_R = begin.placement, None if room_LR is None else room_LR[layer]
                     if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
-                        begin_E = _anneal(problem, item, begin_E, 0.0, prices, PAIR_VALUE, share, rng)
-                    found_E = _anneal(problem, item, begin_E, node_weight, prices, 0.0, share, rng)
+                        begin_E = _anneal(problem, item, begin_E, room_R, 0.0, prices, PAIR_VALUE, share, rng)
+                    found_E = _anneal(problem, item, begin_E, room_R, node_weight, prices, 0.0, share, rng)
                     pools[layer].append(_candidate(problem, item, found_E, node_weight))
                     done += 1
                     if progress:
@@ -173,7 +179,7 @@ def solve_coactivation(
         solver="coactivation",
         status="solved",
         stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
-        slot_expert_LP=slots_of_ranks(rank_LE, ranks),
+        slot_expert_LP=slots_of_ranks(rank_LE, ranks, None if room_LR is None else int(room_LR.max())),
         objective_name=objective_name,
         objective=objective,
         bound=bound,
@@ -198,8 +204,9 @@ def touch_objective(problem: PlacementProblem) -> tuple[str, float]:
     """Name of what both touching solvers minimise, and a lower bound on it."""
     weight = node_price(problem)
     name = "ranks_touched" if weight == 0 else f"ranks_touched + {weight:.3g} * nodes_touched"
-    on_ranks = capacity_bound(problem, problem.slots_per_rank)
-    on_nodes = capacity_bound(problem, problem.slots_per_rank * problem.cluster.ranks_per_node)
+    most = int(problem.room_LR.max())
+    on_ranks = capacity_bound(problem, most)
+    on_nodes = capacity_bound(problem, most * problem.cluster.ranks_per_node)
     return name, on_ranks + weight * on_nodes
 
 
@@ -211,14 +218,25 @@ def node_price(problem: PlacementProblem) -> float:
     return cluster.intra.gbytes_per_s / cluster.inter.gbytes_per_s
 
 
-def slots_of_ranks(rank_LE: IntArray, num_ranks: int) -> IntArray:
-    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank."""
-    return canonical_slots(np.argsort(rank_LE, axis=1, kind="stable"), num_ranks)
+def slots_of_ranks(rank_LE: IntArray, num_ranks: int, width: int | None = None) -> IntArray:
+    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank.
+
+    With `width` counts may differ: every rank has so many slots, and -1 in those it does not use.
+    """
+    order_LE = np.argsort(rank_LE, axis=1, kind="stable")
+    if width is None:
+        return canonical_slots(order_LE, num_ranks)
+    slots = np.full((len(rank_LE), num_ranks, width), -1, dtype=np.int64)
+    for layer, (rank_E, order_E) in enumerate(zip(rank_LE, order_LE, strict=True)):
+        ranks = rank_E[order_E]
+        slots[layer, ranks, np.arange(len(ranks)) - np.searchsorted(ranks, ranks)] = order_E
+    return slots.reshape(len(rank_LE), -1)
 
 
-def _rank_of_expert(slots_LP: IntArray, num_ranks: int) -> IntArray:
+def _rank_of_expert(slots_LP: IntArray, num_ranks: int, experts: int) -> IntArray:
     """Rank of each expert of a placement without replicas, (L, E)."""
-    return np.argsort(slots_LP, axis=1) // (slots_LP.shape[1] // num_ranks)
+    # empty slots (-1) come first
+    return np.argsort(slots_LP, axis=1, kind="stable")[:, -experts:] // (slots_LP.shape[1] // num_ranks)
 
 
 def _prepare(
@@ -258,12 +276,13 @@ def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_w
     np.add.at(load_RB, rank_E, item.judge_EB)
     load_RW = np.zeros((ranks, item.window_EW.shape[1]))
     np.add.at(load_RW, rank_E, item.window_EW)
+    speed_R = problem.cluster.speed_R
     return Candidate(
         touched=cost / item.tokens,
-        par=float(par(load_RB.T).mean()),
-        par_seen=float(par(np.bincount(rank_E, weights=item.load_E, minlength=ranks))),
+        par=float(par(load_RB.T, speed_R).mean()),
+        par_seen=float(par(np.bincount(rank_E, weights=item.load_E, minlength=ranks), speed_R)),
         placement=rank_E,
-        window=float(par(load_RW.T).mean()),
+        window=float(par(load_RW.T, speed_R).mean()),
     )
 
 
@@ -271,6 +290,7 @@ def _anneal(
     problem: PlacementProblem,
     item: _Layer,
     begin_E: IntArray,
+    room_R: IntArray | None,
     node_weight: float,
     prices: tuple[float, float],
     pair_value: float,
@@ -283,16 +303,24 @@ def _anneal(
     unit = item.tokens * top_k / experts * (1 + node_weight)
     windows = item.draw_EB.shape[1] - item.draws
     price_B = np.repeat([prices[0] / item.draws, prices[1] / max(1, windows)], [item.draws, windows]) * item.tokens
+    speed_R = problem.cluster.speed_R
+    slow_R = np.ones(problem.cluster.num_ranks) if speed_R is None else speed_R.mean() / speed_R
+    # an empty slot is an expert of no load and in no set: exchanging it with one moves that one alone
+    empty = np.zeros(0, dtype=np.int64)
+    if room_R is not None:
+        empty = np.repeat(np.arange(len(room_R)), room_R - np.bincount(begin_E, minlength=len(room_R)))
     found_E, _ = anneal_layer(
-        begin_E,
+        np.concatenate((begin_E, empty)),
         problem.cluster.node_R,
-        item.draw_EB,
+        slow_R,
+        experts,
+        np.pad(item.draw_EB, ((0, len(empty)), (0, 0))),
         price_B,
         item.sets.expert_HK,
         item.sets.weight_H,
-        item.first_E,
+        np.pad(item.first_E, (0, len(empty)), mode="edge"),
         item.set_I,
-        item.pair_EE,
+        np.pad(item.pair_EE, (0, len(empty))),
         node_weight,
         pair_value,
         PAIR_STEPS * experts if pair_value > 0 else max(1_000, int(item.steps * share)),
@@ -300,7 +328,7 @@ def _anneal(
         0.008 * unit,
         rng,
     )
-    return found_E
+    return found_E[:experts]
 
 
 def _meets(chosen: list[Candidate], cap: float, cap_seen: float, cap_window: float) -> bool:

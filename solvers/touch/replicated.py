@@ -111,6 +111,7 @@ def solve_replicated(
         raise UsageError(
             "the profile has load counts only, no expert sets; use --solver lpt, or give a per-token trace"
         )
+    problem.refuse_unlike_ranks("replicated")
     if cluster.num_ranks > MAX_RANKS:
         raise UsageError(f"replicated serves at most {MAX_RANKS} ranks, the cluster has {cluster.num_ranks}; use lpt")
     refuse_impossible_cap(problem)

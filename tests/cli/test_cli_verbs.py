@@ -24,6 +24,7 @@ SOLVE_KEYS = {
 MORE_SOLVE_KEYS = {
     "objective_name", "bound_by", "mode", "max_par", "tokens", "copies_sent", "par_max", "iteration_us", "message",
     "certificate", "trail",
+    "moved_experts", "moved_bytes", "moved_layers",
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("work")

@@ -256,3 +256,41 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         load_cluster(str(tmp_path / "nowhere.yaml"))
     with pytest.raises(InputFileError, match="cannot be read"):
         load_cluster(str(tmp_path))
+
+
+def test_ranks_that_differ_go_through_yaml(path: Path) -> None:
+    speed, memory = [1.0, 1, 1, 1, 2, 2, 2, 2.5], [16, 16, 16, 16, 8.5, 8, 8, 8]
+    path.write_text(toy_yaml(rank_speed=speed, rank_memory_gib=memory))
+    cluster = load_cluster(str(path))
+    assert cluster.rank_speed == tuple(speed)
+    assert cluster.memory_bytes_R.tolist() == [int(gib * 2**30) for gib in memory]
+    assert cluster.speed_R is not None
+    assert cluster.speed_R.tolist() == speed
+    assert cluster.kind_R.tolist()[:4] == [cluster.kind_R[0]] * 4
+    assert len(set(cluster.kind_R.tolist())) == 4
+    path.write_text(yaml.safe_dump(cluster.to_dict()))
+    assert load_cluster(str(path)) == cluster == ClusterSpec.from_dict(cluster.to_dict())
+    plain = dataclasses.replace(cluster, rank_speed=(), rank_memory_gib=())
+    assert plain.sha256 != cluster.sha256
+
+
+def test_equal_ranks_keep_their_hash() -> None:
+    """Plans remember the hash of their cluster: it is what it was before ranks could differ."""
+    assert "rank_speed" not in load_cluster("h100").to_dict()
+    assert "rank_memory_gib" not in load_cluster("h100").to_dict()
+    assert load_cluster("node4").sha256.startswith("4935d9c9ee468ec2")
+    assert load_cluster("2x8").sha256.startswith("44b5e4305d83b361")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("rank_speed", [1.0, 2.0], "rank_speed has 2 numbers for 8 ranks"),
+        ("rank_speed", [1.0] * 7 + [0.0], "rank_speed[7] is 0.0"),
+        ("rank_memory_gib", [1.0] * 7 + [-1.0], "rank_memory_gib[7] is -1.0"),
+        ("rank_memory_gib", [1.0] * 7 + ["x"], "rank_memory_gib"),
+        ("rank_speed", 2.0, "rank_speed"),
+    ],
+)
+def test_ranks_that_differ_are_looked_at(path: Path, key: str, value: Any, told: str) -> None:
+    refused(path, toy_yaml(**{key: value}), told)

@@ -3,6 +3,7 @@
 Legend: W windows, R ranks, N nodes, P slots.
 """
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_expert_times_by_hand() -> None:
     tokens_WP = np.array([[1, 3, 0, 0], [0, 0, 2, 100]])
     # one token: bound by the read (480 > 240); three: by the flops (720 > 480); no token: not even launched
     assert expert_ns(cluster, model, tokens_WP).tolist() == [[480 + 720 + 300, 0], [0, 480 + 24000 + 300]]
+
+
+def test_a_rank_of_half_the_speed_reads_and_computes_twice_as_long() -> None:
+    compute = Compute(tflops=0.001, weight_read_gbytes_per_s=2.0, launch_us=0.3)
+    cluster = dataclasses.replace(make_cluster(1, 2, compute=compute), rank_speed=(0.5, 1.0))
+    model = make_model(1, 4, hidden_size=10, moe_intermediate_size=4, weight_bytes=8.0, attention_params=600)
+    # as above: 480 ns for one token's expert, 720 for three tokens'; launching takes no longer
+    assert expert_ns(cluster, model, np.array([[1, 3, 1, 3]])).tolist() == [[2 * 1200 + 300, 1200 + 300]]
+    # attention: read 4,800 bytes at 2 GB/s, or 1,200 flops a token
+    assert attention_ns(cluster, model, np.array([[1, 4]])).tolist() == [[2 * 2400 + 300, 4800 + 300]]
 
 
 def test_attention_times_by_hand() -> None:

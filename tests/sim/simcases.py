@@ -75,15 +75,19 @@ class Case:
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> ClusterSpec:
+def clusters(draw: st.DrawFn, *, alike: bool = False) -> ClusterSpec:
     def link() -> LinkClass:
         speed = draw(st.sampled_from([0.7, 1.0, 13.0]))
         return LinkClass(gbytes_per_s=speed, alpha_us=draw(st.sampled_from([0.0, 0.3333, 2.0])))
 
+    nodes, ranks_per_node = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    ranks = nodes * ranks_per_node
+    speeds = st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=ranks, max_size=ranks)
     return ClusterSpec(
         name="random",
-        nodes=draw(st.integers(1, 3)),
-        ranks_per_node=draw(st.integers(1, 3)),
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        rank_speed=tuple([] if alike else draw(st.one_of(st.just([]), speeds))),
         memory_gib=1.0,
         intra=link(),
         inter=link(),

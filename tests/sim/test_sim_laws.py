@@ -234,8 +234,12 @@ def test_names_of_ranks_nodes_and_experts_do_not_matter(case: Case, seed: int, f
     old = plan.slot_expert_LP.reshape(len(plan.moe_layers), cluster.num_ranks, -1)
     new = np.empty_like(old)
     new[:, new_rank_R] = np.where(old >= 0, new_expert_E[old], -1)
+    speed_R = np.array(cluster.rank_speed)
     relabelled = dataclasses.replace(
         case,
+        cluster=dataclasses.replace(cluster, rank_speed=tuple(speed_R[np.argsort(new_rank_R)].tolist()))
+        if cluster.rank_speed
+        else cluster,
         plan=dataclasses.replace(plan, slot_expert_LP=new.reshape(plan.slot_expert_LP.shape)),
         expert_LTK=np.where(case.expert_LTK >= 0, new_expert_E[case.expert_LTK], -1),
         source_T=new_rank_R[case.source_T],
@@ -253,7 +257,7 @@ def per_rank_busy(timeline: Timeline, name_R: np.ndarray) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    cluster=clusters(),
+    cluster=clusters(alike=True),
     mode=st.sampled_from(DISPATCH_MODES),
     seed=st.integers(0, 2**32 - 1),
     layers=st.integers(1, 3),

@@ -50,6 +50,8 @@ def blocks_bound(
         raise UsageError("the profile has load counts only, no expert sets; a bound on ranks touched needs them")
     if problem.redundant or problem.allow_empty_slots:
         raise UsageError("the set partitioning bound is for equal slots per rank and no redundant ones")
+    if problem.cluster.speed_R is not None and numbers.get("price", 0.0) > 0:
+        raise UsageError("the certificate's price of PAR is for ranks of equal speed; the cluster has rank_speed")
     if comb(experts, width) > MOST_BLOCKS:
         raise UsageError(
             f"{comb(experts, width)} blocks of {width} of {experts} experts; at most {MOST_BLOCKS} are checked"

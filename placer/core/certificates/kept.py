@@ -117,6 +117,8 @@ def _load_terms(problem: PlacementProblem, mu_LE: FloatArray, nu_LE: FloatArray,
     used_L[:-1] += nu_LE.sum(axis=1)
     if not used_L.any():
         return 0.0
+    if problem.cluster.speed_R is not None:
+        raise UsageError("the certificate's load multipliers are for ranks of equal speed; the cluster has rank_speed")
     if problem.max_par is None or problem.redundant:
         raise ViolationError("certificate arrays mu_LE, nu_LE need a load cap and a placement without redundant slots")
     if (used_L > price * (1 + ROUNDING)).any():

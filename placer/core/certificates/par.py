@@ -25,6 +25,8 @@ def par_bound(
     problem: PlacementProblem, arrays: Mapping[str, npt.NDArray[np.float64]], numbers: Mapping[str, float]
 ) -> float:
     """Least mean over layers of max / mean rank load that any placement with equal shares can have."""
+    if problem.cluster.speed_R is not None:
+        raise UsageError("the bound on PAR is for ranks of equal speed; the cluster has rank_speed")
     if problem.allow_empty_slots:
         raise UsageError("the bound on PAR is for equal slots per rank; this problem allows empty ones")
     ranks, per_rank, spare = problem.cluster.num_ranks, problem.slots_per_rank, problem.redundant

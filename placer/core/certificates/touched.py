@@ -85,6 +85,8 @@ def _level(
     tau_N = arrays.get(f"{level}_tau_N")
     if redundant and (spectrum_LEE is not None or tau_N is not None or q_LE.any()):
         raise ViolationError("certificate: triangles, spectrum and load need a placement without redundant slots")
+    if q_LE.any() and problem.cluster.speed_R is not None:
+        raise UsageError("the certificate's load multipliers are for ranks of equal speed; the cluster has rank_speed")
     if (q_LE.sum(axis=1) > price * (1 + ROUNDING)).any():
         raise ViolationError(f"certificate number price is {price:g}, but a layer's load_q_LE adds up to more")
     if spectrum_LEE is not None and spectrum_LEE.shape != (layers, experts, experts):
