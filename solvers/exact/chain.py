@@ -38,7 +38,8 @@ FloatArray = npt.NDArray[np.float64]
 
 NAME = "chain"
 BOUND_BY = "chain: exact dynamic program over layers"
-TOLERANCE = 1e-9
+TOLERANCE = 5e-10
+"""Half of what checkers of the cap forgive, so that the rounding of their sums has the other half."""
 
 
 def solve_chain(problem: PlacementProblem, *, progress: Callable[[int, int], None] | None = None) -> SolveResult:
@@ -50,7 +51,7 @@ def solve_chain(problem: PlacementProblem, *, progress: Callable[[int, int], Non
         no replicas, transitions in the profile (unless it has one layer), at most MOST_PARTITIONS partitions of a
         layer's experts; `max_par` caps the mean over layers of max / mean rank load
     progress
-        called with layers done and layers, twice over where there is a cap
+        called with layers done and layers; again from the first for each search under a cap
 
     Returns stopped_by "optimal", with bound = objective, always without a cap and nearly always with one; else "effort"
     with the proven bound. Status "infeasible" where no placement meets the cap (proven).
@@ -78,7 +79,7 @@ def solve_chain(problem: PlacementProblem, *, progress: Callable[[int, int], Non
     for layer, weight_EE in enumerate(weight_LEE):
         kept_LBB[layer] = kept_table(weight_EE, partitions)
         if progress is not None:
-            progress(layer + 1, layers)
+            progress(layer + 2, layers)
     if problem.max_par is None:
         state_L, follows_LB = best_path(kept_LBB, np.zeros((layers, states), dtype=np.int64))
         path = CappedPath(state_L, int(follows_LB[0, state_L[0]]), int(follows_LB[0, state_L[0]]))

@@ -1,4 +1,4 @@
-"""The best path through layers under a cap on a second cost: a Lagrangian price, then the labels that it cannot rule out.
+"""The best path through layers under a cap on a second cost: a price on it, then the labels that no price rules out.
 
 Layer l is in one of B states. A path earns gain[l, a, b] from a to b and pays cost[l, b]; the sum of costs is capped.
 

@@ -52,8 +52,9 @@ def value_of(variable: Any) -> float:
 
 def _warm_highs(options: dict[str, Any]) -> Any:
     """PuLP passes initial values to the HiGHS program only, not to its library; this does."""
-    import highspy
     import pulp
+
+    highspy = importlib.import_module("highspy")
 
     class WarmHighs(pulp.HiGHS):
         def callSolver(self, lp: Any) -> None:

@@ -1,8 +1,8 @@
 """ExFlow's placement (arXiv 2401.08383, IPDPS 2024): fewest token transitions between ranks, by integer programming.
 
-The program is in `exflow_model`, the order of solving in `exflow_stages`. It sees flows only, so load may be as uneven as
-affinity makes it. Form "aggregated" with stages "staged" or "bipartition" is the paper's method; form "colocation" has
-its bound mended. Both are exact methods for models of a few layers: a baseline and an oracle, not the method to use.
+The program is in `exflow_model`, the order of solving in `exflow_stages`. It sees flows only, so load may be as uneven
+as affinity makes it. Form "aggregated" with stages "staged" or "bipartition" is the paper's method; form "colocation"
+has its bound mended. Both are for models of a few layers: a baseline and an oracle, not the method to use.
 
 Legend: L routing sites, E logical experts, P slots, R ranks.
 """
@@ -67,8 +67,8 @@ def solve_exflow(
 
     Returns stopped_by "optimal" where bound = objective, "effort" when every stage was proven but they are not optimal
     together, else "time_limit". `bound` is proven by the joint program, or by the first stage's, whose parts the ranks
-    refine; nothing else bounds a staged answer. `message` has the paper's mean hops (1: other rank of the node, 2: other
-    node). Status "error" when nothing was found in time; equal counts always exist, so nothing is ever infeasible.
+    refine; nothing else bounds a staged answer. `message` has the paper's mean hops (1: other rank of the node,
+    2: other node). Status "error" when nothing was found in time; equal counts always exist, so never "infeasible".
 
     Raises
     ------

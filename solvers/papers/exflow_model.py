@@ -7,9 +7,9 @@
 
 "per_token"   the paper's: one r for each token and layer step.
 "aggregated"  one r for each pair that any token takes, weighted by how many: the same optimum, fewer variables.
-"colocation"  ours: s = 1 - r for every pair. An expert shares its rank with exactly C = E / P experts of the next layer,
-              so sum_j s[i,j] = sum_i s[i,j] = C. Without these rows x = 1 / P everywhere makes every r zero and the
-              relaxation proves nothing; with them it is at least a b-matching of each two layers.
+"colocation"  ours: s = 1 - r for every pair. An expert shares its part with exactly C = E / P experts of the next
+              layer, so sum_j s[i,j] = sum_i s[i,j] = C. Without these rows x = 1 / P everywhere makes every r zero and
+              the relaxation proves nothing; with them it is at least a b-matching of each two layers.
 
 Equal parts may be renamed, so expert e of layer 0 is in one of the parts 0 to e (not in the paper).
 Where a token chooses k > 1 experts, each of its k * k pairs counts once, as in `Profile.transition_LEE`; that is the
@@ -61,9 +61,9 @@ class Terms:
     @classmethod
     def of_paths(cls, path_TL: npt.NDArray[np.integer[Any]]) -> "Terms":
         """One term for each token and layer step of top-1 paths; -1 where a token has no expert."""
-        path_TL = path_TL.astype(np.int64)
-        token, step = np.nonzero((path_TL[:, :-1] >= 0) & (path_TL[:, 1:] >= 0))
-        return cls(step, path_TL[token, step], path_TL[token, step + 1], np.ones(len(token), dtype=np.int64))
+        id_TL: IntArray = path_TL.astype(np.int64)
+        token, step = np.nonzero((id_TL[:, :-1] >= 0) & (id_TL[:, 1:] >= 0))
+        return cls(step, id_TL[token, step], id_TL[token, step + 1], np.ones(len(token), dtype=np.int64))
 
     @classmethod
     def of_weights(cls, weight_LEE: npt.NDArray[np.integer[Any]]) -> "Terms":
@@ -88,7 +88,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """An answer: `part_LE` int64 (None: nothing found), its cost, and a bound that no equal parts go below, in tokens."""
+    """An answer: `part_LE` int64 (None: nothing found), its cost in tokens, and a bound no equal parts go below."""
 
     state: State
     part_LE: IntArray | None = None

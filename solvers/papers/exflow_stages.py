@@ -72,8 +72,7 @@ def search_stages(
             count += 1
             ranks_LN = np.take_along_axis(rank_LE, member_LN, axis=1) + found.part_LE * below
             np.put_along_axis(rank_LE, member_LN, ranks_LN, axis=1)
-            for part in range(factor):
-                split.append(member_LN[found.part_LE == part].reshape(layers, -1))
+            split += [member_LN[found.part_LE == part].reshape(layers, -1) for part in range(factor)]
         groups = split
     return StagesAnswer(rank_LE, bound, proven, count)
 
