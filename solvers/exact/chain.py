@@ -116,10 +116,10 @@ def _check(problem: PlacementProblem) -> None:
         raise UsageError(f"chain places no replicas and redundant is {problem.redundant}; use --redundant 0")
     if model.num_sites > 1 and problem.profile.transition_LEE is None:
         raise UsageError("the profile has no transitions between layers, which chain keeps on one rank")
-    if (count := number_of_partitions(model.num_experts, ranks)) > MOST_PARTITIONS:
+    if number_of_partitions(model.num_experts, ranks) > MOST_PARTITIONS:
         raise UsageError(
-            f"{model.num_experts} experts on {ranks} ranks have {count:.3g} partitions and chain takes "
-            f"{MOST_PARTITIONS}; use another solver"
+            f"{model.num_experts} experts on {ranks} ranks have more than the {MOST_PARTITIONS} partitions that chain "
+            "takes (8 on 4 have 105); use another solver"
         )
 
 

@@ -8,6 +8,7 @@ Legend: L routing sites, E logical experts, P slots, R ranks.
 """
 
 import time
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ from solvers.papers.exflow_model import Backend, Form, Settings, Terms, cut_of
 from solvers.papers.exflow_stages import StagesAnswer, increments_of, largest_program, mean_hops, search_stages
 from solvers.result import SolveResult, StoppedBy
 
-__all__ = ["solve_exflow"]
+__all__ = ["solve_exflow", "solve_exflow_staged"]
 
 IntArray = npt.NDArray[np.int64]
 Stages = Literal["joint", "staged", "bipartition"]
@@ -59,7 +60,7 @@ def solve_exflow(
     stages
         "joint": all ranks at once. "staged": nodes, then the ranks of each node. "bipartition": halves of halves
     start_LP
-        a placement (L, P) to start from; what comes back is never worse
+        a placement (L, P) to start from, or None for experts by index; what comes back is never worse
     increments
         solve on this many growing shares of the transitions, each run started from the one before. The paper adds 5,000
         tokens a time; a profile has counts, which are dealt into lots at random (each layer step by itself, as the
@@ -68,7 +69,7 @@ def solve_exflow(
     Returns stopped_by "optimal" where bound = objective, "effort" when every stage was proven but they are not optimal
     together, else "time_limit". `bound` is proven by the joint program, or by the first stage's, whose parts the ranks
     refine; nothing else bounds a staged answer. `message` has the paper's mean hops (1: other rank of the node,
-    2: other node). Status "error" when nothing was found in time; equal counts always exist, so never "infeasible".
+    2: other node). Status "error" when a back end failed; equal counts always exist, so never "infeasible".
 
     Raises
     ------
@@ -80,8 +81,8 @@ def solve_exflow(
 
     Notes
     -----
-    Complexity: L E R + L E^2 binaries and 2 L E^2 R rows; NP-hard. "colocation" proves 4 layers of 8 experts on 4 ranks
-    in seconds; "aggregated" does not in a minute, and at Mixtral's 32 layers both need a good start.
+    Complexity: L E R + L E^2 binaries and 2 L E^2 R rows; NP-hard. With one thread "colocation" proves 4 layers of 8
+    experts on 4 ranks in seconds to minutes and "aggregated" does not; at Mixtral's 32 layers give both a good start.
     Guarantee: bound <= optimum <= objective.
     Reference: equations 8 to 12; the stages and increments are of the authors' code.
     """
@@ -100,23 +101,25 @@ def solve_exflow(
             f"exflow's program has {rows:,} rows and at most {MOST_ROWS:,} are built; use stages 'staged' or "
             "'bipartition', or another solver"
         )
-    start_LE = None if start_LP is None else _rank_LE(start_LP, experts, ranks)
+    by_index_LP = np.tile(np.arange(experts), (layers, 1))
+    start_LE = _rank_LE(by_index_LP if start_LP is None else start_LP, by_index_LP, ranks)
     chunks = [terms] if increments == 1 else increments_of(weight_LEE, increments, seed)
     settings = Settings(backend=backend, form=form, seed=seed)
     arguments = (chunks, layers, experts, factors, settings, time_limit_s, start_LE)
     try:
         answer = run_isolated(search_stages, arguments, time_limit_s=time_limit_s)
-        trouble = "nothing found in its share of the time limit"
-    except IsolationTimeoutError as error:
-        answer, trouble = StagesAnswer(None, 0, 0, 1), str(error)
+    except IsolationTimeoutError:
+        answer = StagesAnswer(start_LE, 0, 0, 1)
     except SolverError as error:
-        return _failed("error", str(error), started)
-    found = [rank_LE for rank_LE in (answer.rank_LE, start_LE) if rank_LE is not None]
-    if not found:
-        return _failed("time_limit", f"sub-problem {answer.subproblems}: {trouble}; give more --time", started)
-    rank_LE = min(found, key=lambda rank_LE: cut_of(terms, rank_LE))
+        return SolveResult(
+            solver=NAME,
+            status="error",
+            stopped_by="error",
+            seconds=time.perf_counter() - started,
+            message=str(error),
+        )
+    rank_LE = min(answer.rank_LE, start_LE, key=lambda rank_LE: cut_of(terms, rank_LE))
     total, cost = max(1, int(weight_LEE.sum())), cut_of(terms, rank_LE)
-    # a sub-problem without an answer is counted too, and never as proven
     ended: StoppedBy = "effort" if answer.proven == answer.subproblems else "time_limit"
     first = "joint program" if len(factors) <= 1 else f"first stage, {factors[0]} parts"
     return SolveResult(
@@ -132,6 +135,25 @@ def solve_exflow(
         message=f"{answer.proven} of {answer.subproblems} sub-problems proven; "
         f"{mean_hops(weight_LEE, rank_LE, problem.cluster.node_R):.4f} hops a transition",
     )
+
+
+def solve_exflow_staged(
+    problem: PlacementProblem, *, time_limit_s: float, seed: int = 0, start_LP: IntArray | None = None
+) -> SolveResult:
+    """The paper's own method: counts of transitions on HiGHS, nodes first and then the ranks of each node.
+
+    Everything else as in `solve_exflow`; where the cluster has one node this is the joint program.
+    """
+    result = solve_exflow(
+        problem,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        backend="highs",
+        form="aggregated",
+        stages="staged",
+        start_LP=start_LP,
+    )
+    return replace(result, solver="exflow_staged")
 
 
 def _factors(problem: PlacementProblem, stages: Stages) -> tuple[int, ...]:
@@ -162,14 +184,8 @@ def _check(problem: PlacementProblem, backend: Backend, form: Form, increments: 
         raise UsageError("the profile has no transitions between layers, which exflow keeps on one rank")
 
 
-def _rank_LE(start_LP: IntArray, experts: int, ranks: int) -> IntArray:
-    if not np.array_equal(np.sort(start_LP, axis=1), np.tile(np.arange(experts), (len(start_LP), 1))):
+def _rank_LE(start_LP: IntArray, by_index_LP: IntArray, ranks: int) -> IntArray:
+    if not np.array_equal(np.sort(start_LP, axis=1), by_index_LP):
         raise UsageError("start_LP does not hold every expert once in each layer; give a placement without replicas")
-    rank_LE: IntArray = np.argsort(start_LP, axis=1) // (experts // ranks)
+    rank_LE: IntArray = np.argsort(start_LP, axis=1) // (by_index_LP.shape[1] // ranks)
     return rank_LE
-
-
-def _failed(stopped_by: StoppedBy, message: str, started: float) -> SolveResult:
-    return SolveResult(
-        solver=NAME, status="error", stopped_by=stopped_by, seconds=time.perf_counter() - started, message=message
-    )

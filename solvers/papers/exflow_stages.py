@@ -2,7 +2,8 @@
 
 Factors (R,) solve for the ranks at once. (nodes, ranks of a node) solve for the nodes first and then inside each node;
 (2, 2, ...) halve again and again. A part of a part sees only the transitions that stayed inside its part: those that
-left it are lost whatever follows. The sub-problems are independent.
+left it are lost whatever follows. The sub-problems are independent. Each starts from a placement that it can only
+improve: the one given, or experts by index as engines place them, so that there is an answer at any time limit.
 
 Legend: L layers, E logical experts, N members of a part, R ranks, T tokens.
 """
@@ -24,12 +25,12 @@ LEAST_SHARE_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class StagesAnswer:
-    """`rank_LE` int64 (None: a sub-problem had no answer in its time) and how many of the sub-problems were proven.
+    """`rank_LE` int64, and how many of the sub-problems were proven.
 
     `bound`: tokens that cross the first stage's parts in any placement, hence ranks too.
     """
 
-    rank_LE: IntArray | None
+    rank_LE: IntArray
     bound: int
     proven: int
     subproblems: int
@@ -65,11 +66,10 @@ def search_stages(
             if start_LE is not None:
                 part_LN = _parts_of_start(np.take_along_axis(start_LE, member_LN, axis=1) // below % factor, factor)
             found = _search_increments(inside, member_LN.shape, factor, settings, left_s, part_LN)
-            if found.part_LE is None:
-                return StagesAnswer(None, bound, proven, count + 1)
             bound = found.bound if stage == 0 else bound
             proven += found.state == "optimal"
             count += 1
+            assert found.part_LE is not None
             ranks_LN = np.take_along_axis(rank_LE, member_LN, axis=1) + found.part_LE * below
             np.put_along_axis(rank_LE, member_LN, ranks_LN, axis=1)
             split += [member_LN[found.part_LE == part].reshape(layers, -1) for part in range(factor)]
@@ -132,7 +132,9 @@ def _search_increments(
 ) -> Parts:
     ends = time.perf_counter() + time_limit_s
     layers, experts = shape
-    found = Parts("none", start_LE)
+    if start_LE is None:
+        start_LE = np.tile(np.arange(experts) * parts // experts, (layers, 1))
+    found = Parts("feasible", start_LE)
     for number, terms in enumerate(chunks):
         share_s = max(LEAST_SHARE_S, (ends - time.perf_counter()) / (len(chunks) - number))
         found = search_parts(terms, layers, experts, parts, settings, share_s, found.part_LE)

@@ -10,13 +10,13 @@ from exact_problems import equal_placements, make_cluster, make_problem, random_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer.core.errors import UsageError
+from placer.core.errors import SolverError, UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.exact.isolate import IsolationTimeoutError
 from solvers.exact.pulp_run import run_program, value_of
 from solvers.papers import exflow
-from solvers.papers.exflow import solve_exflow
+from solvers.papers.exflow import solve_exflow, solve_exflow_staged
 from solvers.papers.exflow_model import Settings, Terms, _named, _program, _values, count_rows, cut_of, search_parts
 from solvers.papers.exflow_stages import increments_of, largest_program, mean_hops, search_paths, search_stages
 
@@ -101,7 +101,8 @@ def test_every_placement_satisfies_the_program_and_costs_its_cut(
     value_V = _values(program, terms, _named(part_LE), form)
     for least, most, factors in program.rows:
         total = sum(factor * value_V[v] for factor, v in factors)
-        assert (least is None or total >= least) and (most is None or total <= most)
+        assert least is None or total >= least
+        assert most is None or total <= most
     assert not any(value_V[v] for v in program.zero)
     assert program.offset + value_V @ np.array(program.cost_V) == cut_of(terms, part_LE)
     assert count_rows(terms, layers, experts, parts, form) == len(program.rows)
@@ -239,6 +240,17 @@ def test_stages_through_the_child_process(stages: str) -> None:
     assert result.bound_by.endswith("first stage, 2 parts")
 
 
+def test_the_paper_s_own_method_is_staged_on_counts() -> None:
+    problem = problem_of(2, 4, 4, 2, nodes=2)
+    result = solve_exflow_staged(problem, time_limit_s=60)
+    twin = solve_exflow(problem, time_limit_s=60, stages="staged", form="aggregated", backend="highs")
+    assert (result.solver, result.bound_by) == ("exflow_staged", "exflow: highs, aggregated, first stage, 2 parts")
+    assert (result.objective, result.bound) == (twin.objective, twin.bound)
+    assert result.bound == pytest.approx(
+        least_crossings(problem.profile.transition_LEE, 4, 2) / problem.profile.transition_LEE.sum()
+    )
+
+
 def test_one_layer_or_one_rank_has_no_cut() -> None:
     for problem in (problem_of(1, 4, 2, 0, with_transitions=False), problem_of(2, 4, 1, 0)):
         result = solve_exflow(problem, time_limit_s=60)
@@ -252,12 +264,21 @@ def test_a_killed_run_leaves_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exflow, "run_isolated", killed)
     problem = problem_of(2, 4, 2, 1)
-    result = solve_exflow(problem, time_limit_s=1)
-    assert (result.status, result.stopped_by, result.slot_expert_LP) == ("error", "time_limit", None)
     start_LP = np.array([[2, 1, 0, 3], [0, 1, 2, 3]])
-    result = solve_exflow(problem, time_limit_s=1, start_LP=start_LP)
-    assert (result.status, result.stopped_by, result.bound) == ("solved", "time_limit", 0.0)
-    assert np.array_equal(result.slot_expert_LP, canonical_slots(start_LP, 2))
+    for start, kept_LP in ((start_LP, canonical_slots(start_LP, 2)), (None, np.tile(np.arange(4), (2, 1)))):
+        result = solve_exflow(problem, time_limit_s=1, start_LP=start)
+        assert (result.status, result.stopped_by, result.bound) == ("solved", "time_limit", 0.0)
+        assert np.array_equal(result.slot_expert_LP, kept_LP)
+
+
+def test_a_broken_back_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(*_: Any, **__: Any) -> None:
+        raise SolverError("exit status 1")
+
+    monkeypatch.setattr(exflow, "run_isolated", crashes)
+    result = solve_exflow(problem_of(2, 4, 2, 1), time_limit_s=1)
+    assert (result.status, result.stopped_by, result.slot_expert_LP) == ("error", "error", None)
+    assert result.message == "exit status 1"
 
 
 def test_what_it_refuses() -> None:
@@ -271,8 +292,9 @@ def test_what_it_refuses() -> None:
         solve_exflow(problem_of(2, 6, 3, 0, redundant=3), time_limit_s=1)
     with pytest.raises(UsageError, match="no transitions"):
         solve_exflow(problem_of(2, 6, 3, 0, with_transitions=False), time_limit_s=1)
-    with pytest.raises(UsageError, match="start_LP does not hold every expert once"):
-        solve_exflow(problem, time_limit_s=1, start_LP=np.zeros((2, 6), dtype=np.int64))
+    for start_LP in (np.zeros((2, 6), dtype=np.int64), np.tile(np.arange(6), (3, 1))):
+        with pytest.raises(UsageError, match="start_LP does not hold every expert once"):
+            solve_exflow(problem, time_limit_s=1, start_LP=start_LP)
     with pytest.raises(UsageError, match="time_limit_s is"):
         solve_exflow(problem, time_limit_s=0)
 
