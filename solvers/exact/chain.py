@@ -20,7 +20,7 @@ import numpy.typing as npt
 from placer.core.errors import UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from solvers.exact.chain_cap import CappedPath, best_path, capped_path, least_cost
+from solvers.exact.chain_cap import capped_path, least_cost
 from solvers.exact.chain_table import (
     MOST_PARTITIONS,
     Partitions,
@@ -72,6 +72,17 @@ def solve_chain(problem: PlacementProblem, *, progress: Callable[[int, int], Non
     profile, ranks = problem.profile, problem.cluster.num_ranks
     layers, experts = profile.model.num_sites, profile.model.num_experts
     partitions = partitions_of(experts, ranks)
+    par_LB = _par_LB(profile.load_LE, partitions)
+    cap = np.inf if problem.max_par is None else (problem.max_par + TOLERANCE) * layers
+    if (least := least_cost(par_LB)) > cap:
+        return SolveResult(
+            solver=NAME,
+            status="infeasible",
+            stopped_by="infeasible",
+            seconds=time.perf_counter() - started,
+            message=f"no placement without replicas has a mean PAR below {least / layers:.4f} and the cap is "
+            f"{problem.max_par:g}; raise --max-par",
+        )
     weight_LEE = profile.transition_LEE if profile.transition_LEE is not None else np.zeros((0, experts, experts))
     weight_LEE = weight_LEE.astype(np.int64)
     states = len(partitions.group_BR)
@@ -80,22 +91,7 @@ def solve_chain(problem: PlacementProblem, *, progress: Callable[[int, int], Non
         kept_LBB[layer] = kept_table(weight_EE, partitions)
         if progress is not None:
             progress(layer + 2, layers)
-    if problem.max_par is None:
-        state_L, follows_LB = best_path(kept_LBB, np.zeros((layers, states), dtype=np.int64))
-        path = CappedPath(state_L, int(follows_LB[0, state_L[0]]), int(follows_LB[0, state_L[0]]))
-    else:
-        par_LB = _par_LB(profile.load_LE, partitions)
-        cap = (problem.max_par + TOLERANCE) * layers
-        if (least := least_cost(par_LB)) > cap:
-            return SolveResult(
-                solver=NAME,
-                status="infeasible",
-                stopped_by="infeasible",
-                seconds=time.perf_counter() - started,
-                message=f"no placement without replicas has a mean PAR below {least / layers:.4f} and the cap is "
-                f"{problem.max_par:g}; raise --max-par",
-            )
-        path = capped_path(kept_LBB, par_LB, cap, progress)
+    path = capped_path(kept_LBB, par_LB, cap, progress)
     total = int(weight_LEE.sum())
     return SolveResult(
         solver=NAME,
