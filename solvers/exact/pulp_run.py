@@ -21,10 +21,13 @@ State = Literal["optimal", "feasible", "infeasible", "none"]
 """optimal: proven, to the gap asked for. feasible: stopped with a solution. none: stopped without one."""
 
 
-def run_program(program: Any, backend: Backend, relative_gap: float, time_limit_s: float) -> tuple[State, float | None]:
+def run_program(
+    program: Any, backend: Backend, relative_gap: float, time_limit_s: float, *, warm_start: bool = False
+) -> tuple[State, float | None]:
     """What came of one run on one thread, and the lower bound in the program's own unit (None where none was read).
 
-    Raises DependencyError where CBC is not installed.
+    `warm_start` hands over the variables' initial values (`setInitialValue`, all of them). Raises DependencyError where
+    CBC is not installed.
     """
     import pulp
 
@@ -32,9 +35,9 @@ def run_program(program: Any, backend: Backend, relative_gap: float, time_limit_
         log = Path(folder) / "cbc.log"
         options = {"msg": False, "timeLimit": time_limit_s, "gapRel": relative_gap, "threads": 1}
         if backend == "highs":
-            solver = pulp.HiGHS(**options)
+            solver = _warm_highs(options) if warm_start else pulp.HiGHS(**options)
         else:
-            solver = pulp.COIN_CMD(path=_cbc_program(), logPath=str(log), **options)
+            solver = pulp.COIN_CMD(path=_cbc_program(), logPath=str(log), warmStart=warm_start, **options)
         answer = program.solve(solver)
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return _state(program, answer), _lower_bound(program, answer, text)
@@ -45,6 +48,22 @@ def value_of(variable: Any) -> float:
     import pulp
 
     return 0.0 if variable is None else float(pulp.value(variable) or 0.0)
+
+
+def _warm_highs(options: dict[str, Any]) -> Any:
+    """PuLP passes initial values to the HiGHS program only, not to its library; this does."""
+    import pulp
+
+    highspy = importlib.import_module("highspy")
+
+    class WarmHighs(pulp.HiGHS):
+        def callSolver(self, lp: Any) -> None:
+            start = highspy.HighsSolution()
+            start.col_value = [float(variable.varValue or 0.0) for variable in lp.variables()]
+            lp.solverModel.setSolution(start)
+            super().callSolver(lp)
+
+    return WarmHighs(**options)
 
 
 def _state(program: Any, answer: Any) -> State:
