@@ -64,6 +64,22 @@ SOLVERS: dict[str, SolverInfo] = {
         ("time_limit_s",),
         replicas=False,
     ),
+    "exflow": SolverInfo(
+        "solvers.papers.exflow",
+        "solve_exflow",
+        "ExFlow's integer program with a mended bound (small models; ignores max_par)",
+        ("seed", "time_limit_s", "start_LP"),
+        align=False,
+        replicas=False,
+    ),
+    "exflow_staged": SolverInfo(
+        "solvers.papers.exflow",
+        "solve_exflow_staged",
+        "ExFlow as published: nodes, then ranks (ignores max_par)",
+        ("seed", "time_limit_s", "start_LP"),
+        align=False,
+        replicas=False,
+    ),
     "sem_moe": SolverInfo(
         "solvers.papers.sem_moe",
         "solve_sem_moe",
@@ -77,6 +93,14 @@ SOLVERS: dict[str, SolverInfo] = {
         "solve_blocks",
         "fewest ranks touched, exact where every block of experts can be listed",
         ("seed", "time_limit_s", "start_LP"),
+        replicas=False,
+    ),
+    "chain": SolverInfo(
+        "solvers.exact.chain",
+        "solve_chain",
+        "fewest transitions between ranks, exact under a load cap (few experts a layer)",
+        ("progress",),
+        align=False,
         replicas=False,
     ),
     "cpsat": SolverInfo(

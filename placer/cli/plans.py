@@ -71,7 +71,9 @@ def solve(
     solver: Annotated[
         str,
         typer.Option(
-            help="auto, linear, round_robin, eplb, eplb_hierarchical, lpt, coactivation, replicated, moetuner or cpsat."
+            help="auto, or linear, round_robin, eplb, eplb_hierarchical, lpt, risk, lplb (load); coactivation, replicated, "
+            "blocks, cpsat (ranks touched); affinity, chain (transitions kept); moetuner, exflow, exflow_staged, sem_moe "
+            "(papers)."
         ),
     ] = "auto",
     time: Annotated[str, typer.Option(help="Time limit: 60s, 5m, 1h.")] = "60s",

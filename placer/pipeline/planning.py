@@ -27,7 +27,17 @@ from traces.trace import RoutingTrace
 __all__ = ["BASELINES", "DEFAULT_CAP", "Solved", "judge", "make_plan", "solve"]
 
 DEFAULT_CAP = 1.10
-BASELINES = ("linear", "round_robin", "eplb", "eplb_hierarchical", "lplb", "moetuner", "sem_moe")
+BASELINES = (
+    "linear",
+    "round_robin",
+    "eplb",
+    "eplb_hierarchical",
+    "lplb",
+    "moetuner",
+    "exflow",
+    "exflow_staged",
+    "sem_moe",
+)
 """Solvers that stand for what others do: they may leave the load cap unmet, and EPLB may repeat an expert on a rank."""
 
 
