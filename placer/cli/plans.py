@@ -71,9 +71,9 @@ def solve(
     solver: Annotated[
         str,
         typer.Option(
-            help="auto, or linear, round_robin, eplb, eplb_hierarchical, lpt, risk, lplb (load); coactivation, replicated, "
-            "blocks, cpsat (ranks touched); affinity, chain (transitions kept); moetuner, exflow, exflow_staged, sem_moe "
-            "(papers)."
+            help="auto; load: linear, round_robin, eplb, eplb_hierarchical, lpt, risk, lplb; ranks touched: "
+            "coactivation, replicated, blocks, cpsat; transitions kept: affinity, chain; papers: moetuner, exflow, "
+            "exflow_staged, sem_moe."
         ),
     ] = "auto",
     time: Annotated[str, typer.Option(help="Time limit: 60s, 5m, 1h.")] = "60s",
