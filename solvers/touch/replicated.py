@@ -24,37 +24,51 @@ from solvers.touch.anneal import incidence
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.coactivation import node_price, touch_objective
 from solvers.touch.frontier import Candidate, cheapest_under_caps
-from solvers.touch.replica_anneal import MAX_RANKS, anneal_replicas
+from solvers.touch.replica_anneal import anneal_replicas
+from solvers.touch.replica_serve import MAX_RANKS
 
 __all__ = ["solve_replicated"]
 
 IntArray = npt.NDArray[np.int64]
-PRICES = (1.0, 2.5, 8.0)
+FloatArray = npt.NDArray[np.float64]
+import os
+PRICES = tuple(float(x) for x in os.environ.get("PRICES", "1,2.5,8").split(","))
 """Copies per token and layer that one unit of PAR is worth, one pass each."""
-
-SERVED_PER_PASS = 6e6
+RAMP = float(os.environ.get("RAMP", "0.05"))
+GUESS = float(os.environ.get("GUESS", "0.5"))
+HOT = float(os.environ.get("HOT", "0.24"))
+COLD = float(os.environ.get("COLD", "0.008"))
+WIN = float(os.environ.get("WIN", "0"))
+DRAWS = 32
+SEARCH_SPREAD = float(os.environ.get("SPREAD","0.5"))
+EFFORT = float(os.environ.get("EFFORT","5e7"))
 
 
 class _Layer:
     """One layer, ready to anneal and to judge."""
 
-    def __init__(self, problem: PlacementProblem, layer: int, judge_EB: npt.NDArray[np.float64], seed: int) -> None:
+    def __init__(self, problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray, seed: int) -> None:
         self.problem, self.judge_EB = problem, judge_EB
-        self.sets = problem.profile.sets[layer].split_heavy()
+        sets = problem.profile.sets[layer]
+        self.split = sets.split_heavy()
         self.experts = problem.profile.model.num_experts
-        self.first_E, self.set_I = incidence(self.sets.expert_HK, self.experts)
+        self.first_E, self.set_I = incidence(sets.expert_HK, self.experts)
+        self.expert_HK = np.where(sets.expert_HK < 0, self.experts, sets.expert_HK).astype(np.int16)
+        self.weight_H = sets.weight_H
         rng = np.random.default_rng([seed, layer])
-        # candidates are judged by the core's replica choice, with other draws than those they were annealed on
-        self.draw_HK = rng.integers(0, 2**32, self.sets.expert_HK.shape, dtype=np.uint32)
+        self.draw_H = rng.integers(0, 2**32, len(self.weight_H))
         self.load_E = problem.profile.load_LE[layer]
-        self.tokens = max(1, int(self.sets.weight_H.sum()))
+        self.tokens = max(1, int(self.weight_H.sum()))
         self.visit_first = problem.replica_choice == "visit_first"
         self.node_weight = node_price(problem)
+        window_EW = problem.profile.load_WLE[:, layer].T.astype(np.float64)
+        self.draw_EB = np.concatenate([draw_EB, window_EW], axis=1)
+        self.price_B = np.concatenate([np.full(draw_EB.shape[1], (1 - WIN) / draw_EB.shape[1]), np.full(window_EW.shape[1], WIN / window_EW.shape[1])])
 
-    def judge(self, row_P: IntArray) -> Candidate:
+    def judge(self, row_P: IntArray, share_P: FloatArray) -> Candidate:
         """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
-        cluster, sets = self.problem.cluster, self.sets
-        slots = layer_slots(row_P, self.experts, cluster.num_ranks, cluster.ranks_per_node)
+        cluster, sets = self.problem.cluster, self.split
+        slots = layer_slots(row_P, self.experts, cluster.num_ranks, cluster.ranks_per_node, share_P)
         slot_HK = serve_sets(slots, self.problem.replica_choice, sets.expert_HK)
         share_ER = np.zeros((self.experts, cluster.num_ranks))
         np.add.at(share_ER, (row_P, slots.rank_P), served_share(slots, slot_HK, sets.weight_H))
@@ -65,30 +79,43 @@ class _Layer:
             touched=float(ranks + self.node_weight * nodes) / self.tokens,
             par=float(par(self.judge_EB.T @ share_ER).mean()),
             par_seen=float(par(self.load_E @ share_ER)),
-            placement=row_P,
+            placement=np.stack([row_P, share_P]),
         )
 
-    def anneal(self, row_P: IntArray, price: float, seed: tuple[int, ...]) -> Candidate:
+    def anneal(self, start: FloatArray, price: float, effort: float, seed: tuple[int, ...]) -> Candidate:
         """A better candidate for this price of PAR, from `row_P`."""
-        unit = self.tokens * self.sets.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
-        found_RC = anneal_replicas(
-            row_P.reshape(self.problem.cluster.num_ranks, -1),
-            self.experts,
+        unit = self.tokens * self.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
+        ranks = self.problem.cluster.num_ranks
+        held_RC = start[0].astype(np.int64).reshape(ranks, -1)
+        rank_P = np.repeat(np.arange(ranks), held_RC.shape[1])
+        share_ER = np.zeros((self.experts, ranks))
+        share_ER[held_RC.reshape(-1), rank_P] = start[1]
+        found_RC, found_ER, _ = anneal_replicas(
+            held_RC,
+            share_ER,
             self.problem.cluster.node_R,
-            self.sets.expert_HK,
-            self.sets.weight_H,
-            self.draw_HK,
+            self.draw_EB,
+            self.price_B * price * self.tokens,
+            self.expert_HK,
+            self.weight_H,
+            self.draw_H,
             self.first_E,
             self.set_I,
             self.visit_first,
             self.node_weight,
-            price * self.tokens,
-            int(min(SERVED_PER_PASS, 20_000.0 * len(self.set_I))),
-            0.24 * unit,
-            0.008 * unit,
+            effort,
+            HOT * unit,
+            COLD * unit,
+            RAMP,
+            GUESS,
             np.random.default_rng(seed),
         )
-        return self.judge(canonical_slots(found_RC.reshape(1, -1), len(found_RC))[0])
+        row_P = canonical_slots(found_RC.reshape(1, -1), ranks)[0]
+        return self.judge(row_P, found_ER[row_P, rank_P])
+
+
+def even_shares(row_P, experts):
+    return 1.0 / np.bincount(row_P, minlength=experts)[row_P]
 
 
 def solve_replicated(
@@ -115,11 +142,12 @@ def solve_replicated(
         raise UsageError(f"replicated serves at most {MAX_RANKS} ranks, the cluster has {cluster.num_ranks}; use lpt")
     refuse_impossible_cap(problem)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
-    layers = [_Layer(problem, layer, judge_LEB[layer], seed) for layer in range(profile.model.num_sites)]
+    draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
+    layers = [_Layer(problem, layer, draws_LEB[layer], judge_LEB[layer], seed) for layer in range(profile.model.num_sites)]
     starts = [lpt_slots(profile.load_LE, problem.num_slots, cluster.num_ranks, seed=seed)]
     if start_LP is not None and start_LP.shape == starts[0].shape:
         starts.append(start_LP)
-    pools = [[item.judge(start[layer]) for start in starts] for layer, item in enumerate(layers)]
+    pools = [[item.judge(start[layer], even_shares(start[layer], item.experts)) for start in starts] for layer, item in enumerate(layers)]
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     cap = max(cap_seen, float(np.mean([pool[0].par for pool in pools])) + NEAR_FLOOR)
     prices = PRICES if np.isfinite(cap) else (0.0,)
@@ -130,7 +158,7 @@ def solve_replicated(
                 stopped_by = "time_limit"
                 break
             begin = min(pools[layer], key=lambda c: c.touched + price * c.par)
-            pools[layer].append(item.anneal(begin.placement, price, (seed, step, layer)))
+            pools[layer].append(item.anneal(begin.placement, price, EFFORT / len(prices), (seed, step, layer)))
             if progress:
                 progress(step * len(layers) + layer + 1, len(prices) * len(layers))
     chosen = cheapest_under_caps(pools, cap, cap_seen)
@@ -140,7 +168,8 @@ def solve_replicated(
         solver="replicated",
         status="solved",
         stopped_by="optimal" if objective <= bound + 1e-12 else stopped_by,
-        slot_expert_LP=np.stack([candidate.placement for candidate in chosen]),
+        slot_expert_LP=np.stack([candidate.placement[0] for candidate in chosen]).astype(np.int64),
+        replica_share_LP=np.stack([candidate.placement[1] for candidate in chosen]),
         objective_name=objective_name,
         objective=objective,
         bound=bound,
