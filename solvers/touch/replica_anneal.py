@@ -15,9 +15,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Sets = npt.NDArray[np.int16]
 
-SHARE_MOVES = 0.15
-"""Part of the moves that shift the share of a replica: they cost no copy, and ten times a move that is seen to fail."""
-
+RAMP_END = 0.7
+"""Part of the effort after which balance has its full price. Before, it is cheap: experts must pass through crowded ranks."""
 
 @njit(cache=True)
 def _leave(expert: int, rank: int, mask_E: IntArray, share_ER: FloatArray) -> None:  # pragma: no cover - compiled
@@ -50,14 +49,23 @@ def _swap_rank(
 
 
 @njit(cache=True)
-def _par_cost(load_RB: FloatArray, scale_B: FloatArray) -> float:  # pragma: no cover - compiled
+def _par_cost(load_RB: FloatArray, scale_B: FloatArray, price_B: FloatArray, peak: float) -> float:  # pragma: no cover - compiled
+    ranks, draws = load_RB.shape
+    sum_B = np.zeros(draws)
+    peak_B = np.zeros(draws)
+    for rank in range(ranks):
+        for b in range(draws):
+            x = load_RB[rank, b] * scale_B[b]
+            peak_B[b] = max(peak_B[b], x)
+            x *= x
+            x *= x
+            x *= x
+            x *= x
+            sum_B[b] += x
     cost = 0.0
-    for b in range(load_RB.shape[1]):
-        peak = load_RB[0, b]
-        for rank in range(1, load_RB.shape[0]):
-            if load_RB[rank, b] > peak:
-                peak = load_RB[rank, b]
-        cost += peak * scale_B[b]
+    for b in range(draws):
+        y = np.sqrt(np.sqrt(np.sqrt(np.sqrt(sum_B[b] / ranks))))
+        cost += (peak * peak_B[b] + (1 - peak) * y) * price_B[b]
     return cost
 
 
@@ -78,8 +86,9 @@ def anneal_replicas(
     effort: float,
     hot: float,
     cold: float,
-    ramp0: float,
-    guess: float,
+    first_price: float,
+    share_moves: float,
+    peak: float,
     rng: np.random.Generator,
 ) -> tuple[IntArray, FloatArray, float]:  # pragma: no cover - compiled
     """Best held_RC and share_ER found, and their cost: what the sets touch + sum over draws of price_B * max / mean load.
@@ -109,10 +118,9 @@ def anneal_replicas(
     scale_B = np.empty(draws)
     free = 0.0
     for b in range(draws):
-        scale_B[b] = price_B[b] * ranks / max(load_RB[:, b].sum(), 1e-300)
+        scale_B[b] = ranks / max(load_RB[:, b].sum(), 1e-300)
         free += price_B[b]
-    stats = np.zeros(6)
-    par_cost = _par_cost(load_RB, scale_B)
+    par_cost = _par_cost(load_RB, scale_B, price_B, peak)
     cost = (cost_H * weight_H).sum()
     best, best_RC, best_ER = cost + par_cost, held_RC.copy(), share_ER.copy()
     stamp_H = np.full(len(weight_H), -1, dtype=np.int64)
@@ -132,14 +140,14 @@ def anneal_replicas(
         idle += 1
         step += 1
         temperature = hot * (cold / hot) ** (spent / effort)
-        ramp = min(1.0, ramp0 ** (1 - spent / effort / 0.7))
+        ramp = min(1.0, first_price ** (1 - spent / effort / RAMP_END))
         a, i = int(rng.integers(0, ranks)), int(rng.integers(0, width))
         one = held_RC[a, i]
         b, j, two = -1, -1, one
         kind = rng.random()
         old_one = mask_E[one]
         old_two = old_one
-        if kind < SHARE_MOVES:
+        if kind < share_moves:
             b = int(rng.integers(0, ranks))
             if not visit_first or par_cost == 0 or a == b or not mask_E[one] >> b & 1:
                 continue
@@ -147,7 +155,7 @@ def anneal_replicas(
             both = share_ER[one, a] + share_ER[one, b]
             share_ER[one, a] = min(max(share_ER[one, a] + (rng.random() - 0.5) * both, 0.001 * both), 0.999 * both)
             share_ER[one, b] = both - share_ER[one, a]
-        elif kind < 0.6:
+        elif kind < 0.4 * share_moves + 0.6:
             b, j = int(rng.integers(0, ranks)), int(rng.integers(0, width))
             two = held_RC[b, j]
             if a == b or one == two or mask_E[one] >> b & 1 or mask_E[two] >> a & 1:
@@ -178,18 +186,16 @@ def anneal_replicas(
                 hit_I[count] = h
                 if one == two:
                     new_cost_I[count] = cost_H[h]
+                elif visit_first:
+                    new_cost_I[count] = touch_first(expert_HK[h], draw_H[h], mask_E, node_R, node_weight)
                 else:
-                    if visit_first:
-                        new_cost_I[count] = touch_first(expert_HK[h], draw_H[h], mask_E, node_R, node_weight)
-                    else:
-                        new_cost_I[count] = touch_drawn(expert_HK[h], mask_E, node_R, node_weight)
-                    change += (new_cost_I[count] - cost_H[h]) * weight_H[h]
+                    new_cost_I[count] = touch_drawn(expert_HK[h], mask_E, node_R, node_weight)
+                change += (new_cost_I[count] - cost_H[h]) * weight_H[h]
                 count += 1
         spent += count + 1
         new_par = par_cost
         accepted = change - ramp * (par_cost - free) <= most
-        stats[0] += 1
-        if accepted and par_cost > 0 and guess > 0 and one != two:
+        if accepted and par_cost > 0 and one != two:
             near_RB[:] = 0.0
             if b >= 0:
                 x, y = part_ER[one, a], part_ER[two, b]
@@ -217,10 +223,9 @@ def anneal_replicas(
                         z = part_ER[two, rank] * y
                         for d in range(draws):
                             near_RB[rank, d] -= z * draw_EB[two, d]
-            near = ramp * (_par_cost(near_RB, scale_B) - par_cost)
-            accepted = change + near * (guess if near > 0 else 1.0 / guess) <= most
+            near = ramp * (_par_cost(near_RB, scale_B, price_B, peak) - par_cost)
+            accepted = change + near * (0.5 if near > 0 else 2.0) <= most
         if accepted and par_cost > 0:
-            stats[1] += 1
             # the loads are dearer to work out than the copies, so only for moves that balance could still save
             if visit_first:
                 spent += 4 * count
@@ -263,7 +268,7 @@ def anneal_replicas(
                     if abs(shift) > 1e-12:
                         for d in range(draws):
                             new_RB[rank, d] += shift * draw_EB[expert, d]
-            new_par = _par_cost(new_RB, scale_B)
+            new_par = _par_cost(new_RB, scale_B, price_B, peak)
             accepted = change + ramp * (new_par - par_cost) <= most
             if accepted:
                 load_RB[:] = new_RB
@@ -280,20 +285,14 @@ def anneal_replicas(
             if one != two:
                 share_ER[two] = keep_two_R
             continue
-        stats[2] += 1
-        if one == two:
-            stats[3] += 1
         if one != two:
             held_RC[a, i] = two
             if b >= 0:
                 held_RC[b, j] = one
-            for at in range(count):
-                cost_H[hit_I[at]] = new_cost_I[at]
+        for at in range(count):
+            cost_H[hit_I[at]] = new_cost_I[at]
         cost, par_cost = cost + change, new_par
         if ramp >= 1.0 and cost + par_cost < best - 1e-9 * abs(best):
             best = cost + par_cost
             best_RC[:], best_ER[:] = held_RC, share_ER
-    print_stats = False
-    if print_stats:
-        print(stats)
     return best_RC, best_ER, best

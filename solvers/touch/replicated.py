@@ -23,7 +23,7 @@ from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import incidence
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.coactivation import node_price, touch_objective
-from solvers.touch.frontier import Candidate, cheapest_under_caps
+from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_price
 from solvers.touch.replica_anneal import anneal_replicas
 from solvers.touch.replica_serve import MAX_RANKS
 
@@ -31,17 +31,22 @@ __all__ = ["solve_replicated"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-import os
-PRICES = tuple(float(x) for x in os.environ.get("PRICES", "1,2.5,8").split(","))
-"""Copies per token and layer that one unit of PAR is worth, one pass each."""
-RAMP = float(os.environ.get("RAMP", "0.05"))
-GUESS = float(os.environ.get("GUESS", "0.5"))
-HOT = float(os.environ.get("HOT", "0.24"))
-COLD = float(os.environ.get("COLD", "0.008"))
-WIN = float(os.environ.get("WIN", "0"))
+SCAN_PRICES = (4.0, 8.0, 16.0, 32.0)
+"""Copies per token and layer that one unit of PAR is worth in the first pass, each from the balanced start."""
+
+REFINE_FACTORS = (0.7, 1.0, 1.4, 1.0)
 DRAWS = 32
-SEARCH_SPREAD = float(os.environ.get("SPREAD","0.5"))
-EFFORT = float(os.environ.get("EFFORT","5e7"))
+SEARCH_SPREAD = 0.5
+"""As in solve_coactivation."""
+
+import os
+WINDOW_WEIGHT = float(os.environ.get("WIN", "0.05"))
+SE = float(os.environ.get("SE", "8e6"))
+RE = float(os.environ.get("RE", "4e6"))
+NF = float(os.environ.get("NF", "0.02"))
+"""Part of the price of PAR that is set on the load windows seen, the rest on draws of all requests."""
+
+MOST_WINDOWS = 64
 
 
 class _Layer:
@@ -50,7 +55,7 @@ class _Layer:
     def __init__(self, problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray, seed: int) -> None:
         self.problem, self.judge_EB = problem, judge_EB
         sets = problem.profile.sets[layer]
-        self.split = sets.split_heavy()
+        self.split = problem.profile.sets[layer].split_heavy()
         self.experts = problem.profile.model.num_experts
         self.first_E, self.set_I = incidence(sets.expert_HK, self.experts)
         self.expert_HK = np.where(sets.expert_HK < 0, self.experts, sets.expert_HK).astype(np.int16)
@@ -61,9 +66,13 @@ class _Layer:
         self.tokens = max(1, int(self.weight_H.sum()))
         self.visit_first = problem.replica_choice == "visit_first"
         self.node_weight = node_price(problem)
-        window_EW = problem.profile.load_WLE[:, layer].T.astype(np.float64)
-        self.draw_EB = np.concatenate([draw_EB, window_EW], axis=1)
-        self.price_B = np.concatenate([np.full(draw_EB.shape[1], (1 - WIN) / draw_EB.shape[1]), np.full(window_EW.shape[1], WIN / window_EW.shape[1])])
+        load_WE = problem.profile.load_WLE[:, layer]
+        every = np.linspace(0, len(load_WE) - 1, min(len(load_WE), MOST_WINDOWS)).astype(np.int64)
+        self.draw_EB = np.concatenate([draw_EB, load_WE[every].T.astype(np.float64)], axis=1)
+        draws = draw_EB.shape[1]
+        self.price_B = np.repeat(
+            [(1 - WINDOW_WEIGHT) / draws, WINDOW_WEIGHT / len(every)], [draws, len(every)]
+        )
 
     def judge(self, row_P: IntArray, share_P: FloatArray) -> Candidate:
         """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
@@ -82,8 +91,8 @@ class _Layer:
             placement=np.stack([row_P, share_P]),
         )
 
-    def anneal(self, start: FloatArray, price: float, effort: float, seed: tuple[int, ...]) -> Candidate:
-        """A better candidate for this price of PAR, from `row_P`."""
+    def anneal(self, start: FloatArray, price: float, effort: float, refine: bool, seed: tuple[int, ...]) -> Candidate:
+        """A better candidate for this price of PAR, from the rows and shares `start`; `refine` stays near it."""
         unit = self.tokens * self.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
         ranks = self.problem.cluster.num_ranks
         held_RC = start[0].astype(np.int64).reshape(ranks, -1)
@@ -104,10 +113,11 @@ class _Layer:
             self.visit_first,
             self.node_weight,
             effort,
-            HOT * unit,
-            COLD * unit,
-            RAMP,
-            GUESS,
+            (0.03 if refine else 0.12) * unit,
+            0.004 * unit,
+            1.0 if refine else 0.01,
+            0.15 if refine else 0.03,
+            0.5 if refine else 0.0,
             np.random.default_rng(seed),
         )
         row_P = canonical_slots(found_RC.reshape(1, -1), ranks)[0]
@@ -149,18 +159,32 @@ def solve_replicated(
         starts.append(start_LP)
     pools = [[item.judge(start[layer], even_shares(start[layer], item.experts)) for start in starts] for layer, item in enumerate(layers)]
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
-    cap = max(cap_seen, float(np.mean([pool[0].par for pool in pools])) + NEAR_FLOOR)
-    prices = PRICES if np.isfinite(cap) else (0.0,)
+    cap = cap_seen
     stopped_by: StoppedBy = "effort"
-    for step, price in enumerate(prices):
+    passes = len(SCAN_PRICES) + len(REFINE_FACTORS)
+    for turn in range(passes):
+        refine = turn >= len(SCAN_PRICES)
+        price = 0.0 if not np.isfinite(cap) else SCAN_PRICES[turn] if not refine else 0.0
+        if refine and np.isfinite(cap):
+            floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
+            cap = max(cap_seen, floor + NF)
+            price = max(1.0, implied_price(pools, cap)) * REFINE_FACTORS[turn - len(SCAN_PRICES)]
         for layer, item in enumerate(layers):
             if time.perf_counter() - started > time_limit_s:
                 stopped_by = "time_limit"
                 break
-            begin = min(pools[layer], key=lambda c: c.touched + price * c.par)
-            pools[layer].append(item.anneal(begin.placement, price, EFFORT / len(prices), (seed, step, layer)))
+            begin = min(pools[layer], key=lambda c: c.touched + price * c.par) if refine else pools[layer][0]
+            pools[layer].append(item.anneal(begin.placement, price, RE if refine else SE, refine, (seed, turn, layer)))
             if progress:
-                progress(step * len(layers) + layer + 1, len(prices) * len(layers))
+                progress(turn * len(layers) + layer + 1, passes * len(layers))
+    if np.isfinite(cap):
+        floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
+        cap = max(cap_seen, floor + NF)
+        if os.environ.get("SHOW"):
+            for nf in (0.002, 0.005, 0.01,0.015, 0.02, 0.03, 0.05):
+                ch = cheapest_under_caps(pools, floor + nf, np.inf)
+                print("floor", round(floor,4), nf, np.mean([c.touched for c in ch]).round(4), np.mean([c.par for c in ch]).round(4), np.mean([c.par_seen for c in ch]).round(4), implied_price(pools, floor+nf))
+                import pickle; pickle.dump((floor, pools), open("/tmp/rep/pools.pkl","wb"))
     chosen = cheapest_under_caps(pools, cap, cap_seen)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
     objective_name, bound = touch_objective(problem)
