@@ -22,8 +22,9 @@ RAMP_END = 0.7
 def _leave(expert: int, rank: int, mask_E: IntArray, share_ER: FloatArray) -> None:  # pragma: no cover - compiled
     """The replica on `rank` goes; the others get its share in proportion to theirs."""
     mask_E[expert] &= ~bit(rank)
-    left = 1.0 - share_ER[expert, rank]
     share_ER[expert, rank] = 0.0
+    # summed anew: one minus the share that goes would let rounding grow from move to move
+    left = share_ER[expert].sum()
     for other in range(share_ER.shape[1]):
         if mask_E[expert] >> other & 1:
             share_ER[expert, other] = share_ER[expert, other] / left if left > 1e-9 else 1.0 / bits(mask_E[expert])

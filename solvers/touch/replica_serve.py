@@ -143,15 +143,16 @@ def touch_drawn(
         cost += 1.0 - missed
     if node_weight == 0.0:
         return cost
-    ranks_per_node = len(node_R) // (node_R[-1] + 1)
-    full = ALL if ranks_per_node == MAX_RANKS else bit(ranks_per_node) - 1
     for node in range(node_R[-1] + 1):
-        missed_node = 1.0
+        missed = 1.0
         for k in range(len(expert_K)):
-            mask = mask_E[expert_K[k]]
-            if mask != 0:
-                missed_node *= 1.0 - bits(mask >> (node * ranks_per_node) & full) / bits(mask)
-        cost += node_weight * (1.0 - missed_node)
+            mask, inside = mask_E[expert_K[k]], 0
+            for rank in range(len(node_R)):
+                if node_R[rank] == node and mask >> rank & 1:
+                    inside += 1
+            if inside > 0:
+                missed *= 1.0 - inside / bits(mask)
+        cost += node_weight * (1.0 - missed)
     return cost
 
 

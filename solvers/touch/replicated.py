@@ -21,7 +21,7 @@ from placer.core.replicas import layer_slots, serve_sets, served_share
 from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import incidence
-from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
+from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, load_draws, promise, refuse_impossible_cap
 from solvers.touch.coactivation import node_price, touch_objective
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_price
 from solvers.touch.replica_anneal import anneal_replicas
@@ -39,14 +39,16 @@ DRAWS = 32
 SEARCH_SPREAD = 0.5
 """As in solve_coactivation."""
 
-import os
-WINDOW_WEIGHT = float(os.environ.get("WIN", "0.05"))
-SE = float(os.environ.get("SE", "8e6"))
-RE = float(os.environ.get("RE", "4e6"))
-NF = float(os.environ.get("NF", "0.02"))
+SCAN_EFFORT, REFINE_EFFORT = 8e6, 4e6
+"""Expert sets looked at per layer and pass."""
+
+MOVES_PER_SLOT = 500
+WINDOW_WEIGHT = 0.1
 """Part of the price of PAR that is set on the load windows seen, the rest on draws of all requests."""
 
 MOST_WINDOWS = 64
+MARGIN = 0.01
+"""As NEAR_FLOOR of solve_coactivation; here the floor is that of the search, not of a placement for load alone."""
 
 
 class _Layer:
@@ -54,7 +56,7 @@ class _Layer:
 
     def __init__(self, problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray, seed: int) -> None:
         self.problem, self.judge_EB = problem, judge_EB
-        sets = problem.profile.sets[layer]
+        sets = problem.profile.sets[layer].split_heavy(1000)
         self.split = problem.profile.sets[layer].split_heavy()
         self.experts = problem.profile.model.num_experts
         self.first_E, self.set_I = incidence(sets.expert_HK, self.experts)
@@ -70,6 +72,8 @@ class _Layer:
         every = np.linspace(0, len(load_WE) - 1, min(len(load_WE), MOST_WINDOWS)).astype(np.int64)
         self.draw_EB = np.concatenate([draw_EB, load_WE[every].T.astype(np.float64)], axis=1)
         draws = draw_EB.shape[1]
+        # a few hundred moves per slot are enough, however few sets there are
+        self.most_effort = MOVES_PER_SLOT * problem.num_slots * (1.0 + 2 * len(self.set_I) / self.experts)
         self.price_B = np.repeat(
             [(1 - WINDOW_WEIGHT) / draws, WINDOW_WEIGHT / len(every)], [draws, len(every)]
         )
@@ -91,7 +95,7 @@ class _Layer:
             placement=np.stack([row_P, share_P]),
         )
 
-    def anneal(self, start: FloatArray, price: float, effort: float, refine: bool, seed: tuple[int, ...]) -> Candidate:
+    def anneal(self, start: FloatArray, price: float, refine: bool, seed: tuple[int, ...]) -> Candidate:
         """A better candidate for this price of PAR, from the rows and shares `start`; `refine` stays near it."""
         unit = self.tokens * self.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
         ranks = self.problem.cluster.num_ranks
@@ -112,7 +116,7 @@ class _Layer:
             self.set_I,
             self.visit_first,
             self.node_weight,
-            effort,
+            min(REFINE_EFFORT if refine else SCAN_EFFORT, self.most_effort),
             (0.03 if refine else 0.12) * unit,
             0.004 * unit,
             1.0 if refine else 0.01,
@@ -167,24 +171,19 @@ def solve_replicated(
         price = 0.0 if not np.isfinite(cap) else SCAN_PRICES[turn] if not refine else 0.0
         if refine and np.isfinite(cap):
             floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
-            cap = max(cap_seen, floor + NF)
+            cap = max(cap_seen, floor + MARGIN)
             price = max(1.0, implied_price(pools, cap)) * REFINE_FACTORS[turn - len(SCAN_PRICES)]
         for layer, item in enumerate(layers):
             if time.perf_counter() - started > time_limit_s:
                 stopped_by = "time_limit"
                 break
             begin = min(pools[layer], key=lambda c: c.touched + price * c.par) if refine else pools[layer][0]
-            pools[layer].append(item.anneal(begin.placement, price, RE if refine else SE, refine, (seed, turn, layer)))
+            pools[layer].append(item.anneal(begin.placement, price, refine, (seed, turn, layer)))
             if progress:
                 progress(turn * len(layers) + layer + 1, passes * len(layers))
     if np.isfinite(cap):
         floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
-        cap = max(cap_seen, floor + NF)
-        if os.environ.get("SHOW"):
-            for nf in (0.002, 0.005, 0.01,0.015, 0.02, 0.03, 0.05):
-                ch = cheapest_under_caps(pools, floor + nf, np.inf)
-                print("floor", round(floor,4), nf, np.mean([c.touched for c in ch]).round(4), np.mean([c.par for c in ch]).round(4), np.mean([c.par_seen for c in ch]).round(4), implied_price(pools, floor+nf))
-                import pickle; pickle.dump((floor, pools), open("/tmp/rep/pools.pkl","wb"))
+        cap = max(cap_seen, floor + MARGIN)
     chosen = cheapest_under_caps(pools, cap, cap_seen)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
     objective_name, bound = touch_objective(problem)
