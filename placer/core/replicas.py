@@ -175,8 +175,8 @@ def _visit_first(
     row = np.flatnonzero(open_TK.any(axis=1))
     while len(row):
         held_R, share_R = np.zeros((len(row), slots.num_ranks), dtype=np.int8), np.zeros((len(row), slots.num_ranks))
-        for column in range(expert_TK.shape[1]):
-            share = np.where(open_TK[row, column, None], share_ER[expert_TK[row, column]], 0.0)
+        for k in range(expert_TK.shape[1]):
+            share = np.where(open_TK[row, k, None], share_ER[expert_TK[row, k]], 0.0)
             held_R += share > 0
             share_R += share
         best_R = held_R == held_R.max(axis=1, keepdims=True)

@@ -5,6 +5,7 @@ what is left of the cap.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ class Candidate:
     touched: float
     par: float
     par_seen: float
-    placement: npt.NDArray[np.int64]
+    placement: npt.NDArray[Any]
 
 
 def _at_price(pools: list[list[Candidate]], price: float) -> list[Candidate]:

@@ -16,7 +16,8 @@ FloatArray = npt.NDArray[np.float64]
 Sets = npt.NDArray[np.int16]
 
 RAMP_END = 0.7
-"""Part of the effort after which balance has its full price. Before, it is cheap: experts must pass through crowded ranks."""
+"""After this part of the effort balance has its full price; before, it is cheap, for moves pass through crowded ranks."""
+
 
 @njit(cache=True)
 def _leave(expert: int, rank: int, mask_E: IntArray, share_ER: FloatArray) -> None:  # pragma: no cover - compiled
@@ -50,7 +51,9 @@ def _swap_rank(
 
 
 @njit(cache=True)
-def _par_cost(load_RB: FloatArray, scale_B: FloatArray, price_B: FloatArray, peak: float) -> float:  # pragma: no cover - compiled
+def _par_cost(
+    load_RB: FloatArray, scale_B: FloatArray, price_B: FloatArray, peak: float
+) -> float:  # pragma: no cover - compiled
     ranks, draws = load_RB.shape
     sum_B = np.zeros(draws)
     peak_B = np.zeros(draws)
@@ -92,7 +95,7 @@ def anneal_replicas(
     peak: float,
     rng: np.random.Generator,
 ) -> tuple[IntArray, FloatArray, float]:  # pragma: no cover - compiled
-    """Best held_RC and share_ER found, and their cost: what the sets touch + sum over draws of price_B * max / mean load.
+    """Best held_RC and share_ER found, and their cost: what the sets touch + sum over draws of price_B * PAR.
 
     A rank's load on a draw: every expert's draw times the share of its tokens in the sets that the rank is expected to
     serve. Moves: exchange two slots of different ranks; give a slot of an expert with several replicas to another
@@ -227,7 +230,7 @@ def anneal_replicas(
             near = ramp * (_par_cost(near_RB, scale_B, price_B, peak) - par_cost)
             accepted = change + near * (0.5 if near > 0 else 2.0) <= most
         if accepted and par_cost > 0:
-            # the loads are dearer to work out than the copies, so only for moves that balance could still save
+            # the loads are dearer to work out than the copies, so only for moves that balance may yet save
             if visit_first:
                 spent += 4 * count
                 for at in range(count):

@@ -1,4 +1,4 @@
-"""How visit_first serves an expert set, in compiled code: the ranks it touches and the load it is expected to put there.
+"""How visit_first serves an expert set, in compiled code: the ranks it touches and the load to expect there.
 
 The counterpart of placer.core.replicas for searches that ask it millions of times. Where the rule draws by hash, loads
 are expectations (a token's source rank is any rank alike), so that a search cannot learn the draws.
@@ -23,7 +23,7 @@ ALL = np.int64(-1)
 @njit(cache=True)
 def bit(rank: int) -> int:  # pragma: no cover - compiled
     """The set that holds `rank` alone."""
-    return np.int64(1) << np.int64(rank)
+    return np.int64(1) << np.int64(rank)  # type: ignore[return-value]
 
 
 @njit(cache=True)
@@ -57,9 +57,9 @@ def _fullest(expert_K: Sets, mask_E: IntArray, visited: int) -> int:  # pragma: 
             union |= mask
             several += 1
     if several == 0:
-        return np.int64(0)
+        return np.int64(0)  # type: ignore[return-value]
     if common != 0:
-        return common
+        return common  # type: ignore[return-value]
     most, best = 0, np.int64(0)
     rank = 0
     while union >> rank != 0 and rank < MAX_RANKS:
@@ -74,7 +74,7 @@ def _fullest(expert_K: Sets, mask_E: IntArray, visited: int) -> int:  # pragma: 
             if count == most:
                 best |= bit(rank)
         rank += 1
-    return best
+    return best  # type: ignore[return-value]
 
 
 @njit(cache=True)

@@ -54,7 +54,9 @@ MARGIN = 0.01
 class _Layer:
     """One layer, ready to anneal and to judge."""
 
-    def __init__(self, problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray, seed: int) -> None:
+    def __init__(
+        self, problem: PlacementProblem, layer: int, draw_EB: FloatArray, judge_EB: FloatArray, seed: int
+    ) -> None:
         self.problem, self.judge_EB = problem, judge_EB
         sets = problem.profile.sets[layer].split_heavy(1000)
         self.split = problem.profile.sets[layer].split_heavy()
@@ -74,9 +76,11 @@ class _Layer:
         draws = draw_EB.shape[1]
         # a few hundred moves per slot are enough, however few sets there are
         self.most_effort = MOVES_PER_SLOT * problem.num_slots * (1.0 + 2 * len(self.set_I) / self.experts)
-        self.price_B = np.repeat(
-            [(1 - WINDOW_WEIGHT) / draws, WINDOW_WEIGHT / len(every)], [draws, len(every)]
-        )
+        self.price_B = np.repeat([(1 - WINDOW_WEIGHT) / draws, WINDOW_WEIGHT / len(every)], [draws, len(every)])
+
+    def effort(self, refine: bool) -> float:
+        """Expert sets that one full pass may look at."""
+        return min(REFINE_EFFORT if refine else SCAN_EFFORT, self.most_effort)
 
     def judge(self, row_P: IntArray, share_P: FloatArray) -> Candidate:
         """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
@@ -92,10 +96,10 @@ class _Layer:
             touched=float(ranks + self.node_weight * nodes) / self.tokens,
             par=float(par(self.judge_EB.T @ share_ER).mean()),
             par_seen=float(par(self.load_E @ share_ER)),
-            placement=np.stack([row_P, share_P]),
+            placement=np.stack([row_P.astype(np.float64), share_P]),  # experts, shares
         )
 
-    def anneal(self, start: FloatArray, price: float, refine: bool, seed: tuple[int, ...]) -> Candidate:
+    def anneal(self, start: FloatArray, price: float, refine: bool, effort: float, seed: tuple[int, ...]) -> Candidate:
         """A better candidate for this price of PAR, from the rows and shares `start`; `refine` stays near it."""
         unit = self.tokens * self.expert_HK.shape[1] / self.experts * (1 + self.node_weight)
         ranks = self.problem.cluster.num_ranks
@@ -116,7 +120,7 @@ class _Layer:
             self.set_I,
             self.visit_first,
             self.node_weight,
-            min(REFINE_EFFORT if refine else SCAN_EFFORT, self.most_effort),
+            effort,
             (0.03 if refine else 0.12) * unit,
             0.004 * unit,
             1.0 if refine else 0.01,
@@ -128,8 +132,13 @@ class _Layer:
         return self.judge(row_P, found_ER[row_P, rank_P])
 
 
-def even_shares(row_P, experts):
-    return 1.0 / np.bincount(row_P, minlength=experts)[row_P]
+def _cap(pools: list[list[Candidate]], cap_seen: float) -> float:
+    """The cap on PAR expected of unseen requests: what was asked for, or little above the least that was found."""
+    return max(cap_seen, float(np.mean([min(c.par for c in pool) for pool in pools])) + MARGIN)
+
+
+def _even_shares(row_P: IntArray, experts: int) -> FloatArray:
+    return np.asarray(1.0 / np.bincount(row_P, minlength=experts)[row_P])
 
 
 def solve_replicated(
@@ -142,8 +151,12 @@ def solve_replicated(
 ) -> SolveResult:
     """Few ranks touched with `problem.redundant` replicas per layer at mean PAR <= problem.max_par, up to 64 ranks.
 
-    The cap is as in solve_coactivation. Objective: mean ranks touched as the replica choice serves the expert sets.
-    Guarantee: none beyond the bound. Complexity: O(L * SERVED_PER_PASS). Deterministic unless the time limit stops it.
+    Each layer is annealed from the balanced start at several prices of PAR, then from the best found at the price that
+    the cap implies; the cheapest combination under the cap is taken. PAR on the requests seen is under the cap if any
+    combination is; on unseen ones it is estimated as in solve_coactivation and kept under the cap, or MARGIN above the
+    least found where the requests differ too much. Objective: mean ranks touched as visit_first serves the expert sets.
+    Guarantee: none beyond the bound. Complexity: O(L * (SCAN_EFFORT + REFINE_EFFORT)) sets looked at. Deterministic
+    unless the time limit cuts it short.
     Raises UsageError without expert sets or beyond 64 ranks, InfeasibleError for an impossible cap.
     """
     started = time.perf_counter()
@@ -157,34 +170,48 @@ def solve_replicated(
     refuse_impossible_cap(problem)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
     draws_LEB = load_draws(profile.load_FLE, DRAWS, seed, spread=SEARCH_SPREAD)
-    layers = [_Layer(problem, layer, draws_LEB[layer], judge_LEB[layer], seed) for layer in range(profile.model.num_sites)]
+    layers = [
+        _Layer(problem, layer, draws_LEB[layer], judge_LEB[layer], seed) for layer in range(profile.model.num_sites)
+    ]
     starts = [lpt_slots(profile.load_LE, problem.num_slots, cluster.num_ranks, seed=seed)]
     if start_LP is not None and start_LP.shape == starts[0].shape:
         starts.append(start_LP)
-    pools = [[item.judge(start[layer], even_shares(start[layer], item.experts)) for start in starts] for layer, item in enumerate(layers)]
+    pools = [
+        [item.judge(start[layer], _even_shares(start[layer], item.experts)) for start in starts]
+        for layer, item in enumerate(layers)
+    ]
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
-    cap = cap_seen
     stopped_by: StoppedBy = "effort"
-    passes = len(SCAN_PRICES) + len(REFINE_FACTORS)
-    for turn in range(passes):
-        refine = turn >= len(SCAN_PRICES)
-        price = 0.0 if not np.isfinite(cap) else SCAN_PRICES[turn] if not refine else 0.0
-        if refine and np.isfinite(cap):
-            floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
-            cap = max(cap_seen, floor + MARGIN)
-            price = max(1.0, implied_price(pools, cap)) * REFINE_FACTORS[turn - len(SCAN_PRICES)]
+    passes = [(False, price) for price in SCAN_PRICES] + [(True, factor) for factor in REFINE_FACTORS]
+    left = sum(item.effort(refine) for refine, _ in passes for item in layers)
+    done, began = 0.0, 0.0
+    for turn, (refine, price) in enumerate(passes):
+        if refine and np.isfinite(cap_seen):
+            cap = _cap(pools, cap_seen)
+            price *= max(1.0, implied_price(pools, cap))
+        elif not np.isfinite(cap_seen):
+            price = 0.0
         for layer, item in enumerate(layers):
-            if time.perf_counter() - started > time_limit_s:
+            now = time.perf_counter()
+            if now - started > time_limit_s:
                 stopped_by = "time_limit"
                 break
             begin = min(pools[layer], key=lambda c: c.touched + price * c.par) if refine else pools[layer][0]
-            pools[layer].append(item.anneal(begin.placement, price, refine, (seed, turn, layer)))
+            if turn + layer == 0:
+                item.anneal(begin.placement, 1.0, refine, 0.0, (seed,))  # compiles, so that the rate is not misjudged
+                began = now = time.perf_counter()
+            # where time is short, every pass gets a little of it
+            scale = 1.0
+            if done > 0:
+                scale = min(1.0, (time_limit_s - (now - started)) * done / ((now - began) * left))
+            if scale < 1:
+                stopped_by = "time_limit"
+            effort = item.effort(refine) * scale
+            pools[layer].append(item.anneal(begin.placement, price, refine, effort, (seed, turn, layer)))
+            done, left = done + effort, left - item.effort(refine)
             if progress:
-                progress(turn * len(layers) + layer + 1, passes * len(layers))
-    if np.isfinite(cap):
-        floor = float(np.mean([min(c.par for c in pool) for pool in pools]))
-        cap = max(cap_seen, floor + MARGIN)
-    chosen = cheapest_under_caps(pools, cap, cap_seen)
+                progress(turn * len(layers) + layer + 1, len(passes) * len(layers))
+    chosen = cheapest_under_caps(pools, _cap(pools, cap_seen), cap_seen)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
     objective_name, bound = touch_objective(problem)
     return SolveResult(
