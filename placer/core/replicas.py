@@ -77,10 +77,10 @@ def choose_slots(
 
     `source_T` is the rank a token's attention runs on, `token_T` its index (for the hashing rules). The rules:
 
-    visit_first       experts with one slot first, then the others in ascending order of id: a replica on a rank that
-                      the token visits already; else one on its source rank; else by hash in proportion to `share_P`.
-                      Stateless: every rank
-                      computes the same answer. Ours; see docs/decisions/0004.
+    visit_first       experts with one slot first. Then an expert with a replica on a rank so visited is served there.
+                      While experts remain, the rank that holds most of them serves all that it holds; of equal ranks
+                      the token's source rank, else one by hash. Every hash draws in proportion to `share_P`.
+                      Stateless: every rank computes the same answer. Ours; see docs/decisions/0004 and 0007.
     nearest           SGLang static: per source rank, a replica on that rank, else on its node, else a fixed fair draw.
     local_or_uniform  SGLang dynamic: the local replica if there is one, else uniform over all.
     token_hash        vLLM: (token * 2654435769 mod 2^32) mod replicas.
@@ -122,11 +122,13 @@ def choose_slots(
 def serve_sets(slots: LayerSlots, choice: ReplicaChoice, expert_HK: npt.NDArray[np.integer]) -> IntArray:
     """The slot that serves each expert of each set of a profile, (H, K), where source ranks are unknown.
 
-    visit_first as for tokens without a source rank; every other choice as a uniform draw by hash of the set's index.
+    visit_first with source ranks dealt by hash of the set's index; every other choice as a uniform draw by that hash.
     """
-    nowhere = np.full(len(expert_HK), -1, dtype=np.int64)
-    rule: ReplicaChoice = "visit_first" if choice == "visit_first" else "local_or_uniform"
-    return choose_slots(slots, rule, expert_HK, nowhere, np.arange(len(expert_HK)))
+    index_H = np.arange(len(expert_HK))
+    if choice != "visit_first":
+        return choose_slots(slots, "local_or_uniform", expert_HK, np.full_like(index_H, -1), index_H)
+    source_H = (_unit_hash(index_H, np.full_like(index_H, len(slots.count_E))) * slots.num_ranks).astype(np.int64)
+    return choose_slots(slots, "visit_first", expert_HK, source_H, index_H)
 
 
 def served_share(slots: LayerSlots, slot_HK: IntArray, weight_H: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
@@ -152,30 +154,54 @@ def _visit_first(
     token_T: IntArray,
     slot_TK: IntArray,
 ) -> None:
-    """Fills slot_TK where several_TK; one vectorised step per replicated expert of a token."""
+    """Fills slot_TK where several_TK: one vectorised step for the ranks visited anyway, one per further rank."""
     hit_T = np.flatnonzero(several_TK.any(axis=1))
+    expert_TK, open_TK = expert_TK[hit_T], several_TK[hit_T]
     visited_TR = np.zeros((len(hit_T), slots.num_ranks), dtype=bool)
-    row, column = np.nonzero((legal_TK & ~several_TK)[hit_T])
-    placed = slot_TK[hit_T][row, column]
-    visited_TR[row[placed >= 0], slots.rank_P[placed[placed >= 0]]] = True
-    # ascending ids, not the router's order: then a set of experts is served alike however its ids are written
-    order_TK = np.argsort(np.where(several_TK[hit_T], expert_TK[hit_T], len(slots.count_E)), axis=1, kind="stable")
-    for step in range(int(several_TK.sum(axis=1).max(initial=0))):
-        row = np.flatnonzero(several_TK[hit_T, order_TK[:, step]])
-        token, k = hit_T[row], order_TK[row, step]
-        expert = expert_TK[token, k]
+    row, column = np.nonzero(legal_TK[hit_T] & ~open_TK & (slot_TK[hit_T] >= 0))
+    visited_TR[row, slots.rank_P[slot_TK[hit_T[row], column]]] = True
+    row, column = np.nonzero(open_TK)
+    candidate_N = slots.slot_EN[expert_TK[row, column]]
+    seen_N = visited_TR[row[:, None], slots.rank_P[candidate_N]] & (candidate_N >= 0)
+    served = seen_N.any(axis=1)
+    row, column = row[served], column[served]
+    hashed = _unit_hash(token_T[hit_T[row]], expert_TK[row, column])
+    slot_TK[hit_T[row], column] = _draw(slots, candidate_N[served], seen_N[served], hashed)
+    open_TK[row, column] = False
+    share_ER = np.zeros((len(slots.count_E), slots.num_ranks))
+    expert, replica = np.nonzero(slots.slot_EN >= 0)
+    slot = slots.slot_EN[expert, replica]
+    np.add.at(share_ER, (expert, slots.rank_P[slot]), np.maximum(slots.share_P[slot], 1e-9))
+    row = np.flatnonzero(open_TK.any(axis=1))
+    while len(row):
+        held_R, share_R = np.zeros((len(row), slots.num_ranks), dtype=np.int8), np.zeros((len(row), slots.num_ranks))
+        for k in range(expert_TK.shape[1]):
+            share = np.where(open_TK[row, k, None], share_ER[expert_TK[row, k]], 0.0)
+            held_R += share > 0
+            share_R += share
+        best_R = held_R == held_R.max(axis=1, keepdims=True)
+        first = expert_TK[row, np.where(open_TK[row], expert_TK[row], len(slots.count_E)).argmin(axis=1)]
+        ladder = np.cumsum(np.where(best_R, share_R, 0.0), axis=1)
+        level = _unit_hash(token_T[hit_T[row]], first)[:, None] * ladder[:, -1:]
+        rank = (ladder <= level).sum(axis=1)
+        source = source_T[hit_T[row]]
+        rank = np.where((source >= 0) & best_R[np.arange(len(row)), source], source, rank)
+        at, column = np.nonzero(open_TK[row] & (share_ER[expert_TK[row], rank[:, None]] > 0))
+        expert, token = expert_TK[row[at], column], hit_T[row[at]]
         candidate_N = slots.slot_EN[expert]
-        exists = candidate_N >= 0
-        rank_N = slots.rank_P[candidate_N]
-        seen = visited_TR[row[:, None], rank_N] & exists
-        home = (rank_N == source_T[token][:, None]) & exists
-        pool = np.where(seen.any(axis=1)[:, None], seen, np.where(home.any(axis=1)[:, None], home, exists))
-        weight = np.where(pool, np.maximum(slots.share_P[candidate_N], 1e-9), 0.0)
-        ladder = np.cumsum(weight, axis=1)
-        level = _unit_hash(token_T[token], expert)[:, None] * ladder[:, -1:]
-        pick = np.minimum((ladder <= level).sum(axis=1), slots.count_E[expert] - 1)
-        slot_TK[token, k] = candidate_N[np.arange(len(row)), pick]
-        visited_TR[row, rank_N[np.arange(len(row)), pick]] = True
+        here_N = (slots.rank_P[candidate_N] == rank[at, None]) & (candidate_N >= 0)
+        slot_TK[token, column] = _draw(slots, candidate_N, here_N, _unit_hash(token_T[token], expert))
+        open_TK[row[at], column] = False
+        row = row[open_TK[row].any(axis=1)]
+
+
+def _draw(
+    slots: LayerSlots, candidate_N: IntArray, pool_N: npt.NDArray[np.bool_], hashed: npt.NDArray[np.float64]
+) -> IntArray:
+    """One slot of each row's pool, by its hash in [0, 1), in proportion to the shares."""
+    ladder = np.cumsum(np.where(pool_N, np.maximum(slots.share_P[candidate_N], 1e-9), 0.0), axis=1)
+    pick = (ladder <= hashed[:, None] * ladder[:, -1:]).sum(axis=1)
+    return np.asarray(candidate_N[np.arange(len(pick)), pick])
 
 
 def _unit_hash(token: IntArray, expert: IntArray) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ the other, then greedy use of what is left of the caps.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ class Candidate:
     touched: float
     par: float
     par_seen: float
-    placement: npt.NDArray[np.int64]
+    placement: npt.NDArray[Any]
     window: float = 1.0
 
 

@@ -25,25 +25,34 @@ def unit_hash(token: int, expert: int) -> float:
     return ((x ^ (x >> 33)) >> 11) / 2**53
 
 
+def draw(weight: dict[int, float], level: float) -> int:
+    """The key at which the running sum of weights passes `level` of the whole."""
+    cumulative = np.cumsum(list(weight.values())).tolist()
+    return next(key for key, top in zip(weight, cumulative, strict=True) if level * cumulative[-1] < top)
+
+
 def visit_first(slots: LayerSlots, replicas: dict, expert_K: list[int], source: int, token: int) -> list[int]:
-    visited = {slots.rank_P[replicas[e][0]] for e in expert_K if len(replicas.get(e, ())) == 1}
-    result = [-1] * len(expert_K)
-    for k in sorted(range(len(expert_K)), key=lambda k: expert_K[k]):
-        expert = expert_K[k]
-        candidates = replicas.get(expert, [])
-        if len(candidates) > 1:
-            seen = [p for p in candidates if slots.rank_P[p] in visited]
-            home = [p for p in candidates if slots.rank_P[p] == source]
-            pool = seen or home or candidates
-            weight = [max(float(slots.share_P[p]), 1e-9) for p in pool]
-            point = unit_hash(token, expert) * sum(weight)
-            cumulative = np.cumsum(weight).tolist()
-            chosen = next((p for p, top in zip(pool, cumulative, strict=True) if point < top), pool[-1])
-            visited.add(slots.rank_P[chosen])
-        else:
-            chosen = candidates[0] if candidates else -1
-        result[k] = chosen
-    return result
+    def of(expert: int, ranks: set[int]) -> int:
+        pool = {p: max(float(slots.share_P[p]), 1e-9) for p in replicas[expert] if int(slots.rank_P[p]) in ranks}
+        return draw(pool, unit_hash(token, expert))
+
+    held = {e: {int(slots.rank_P[p]) for p in replicas[e]} for e in expert_K if e in replicas}
+    chosen = {e: replicas[e][0] for e in held if len(replicas[e]) == 1}
+    visited = {int(slots.rank_P[p]) for p in chosen.values()}
+    chosen |= {e: of(e, visited) for e in held if e not in chosen and held[e] & visited}
+    while rest := [e for e in held if e not in chosen]:
+        share: dict[int, float] = {}
+        for e in sorted(rest, key=expert_K.index):
+            on_rank: dict[int, float] = defaultdict(float)
+            for p in replicas[e]:
+                on_rank[int(slots.rank_P[p])] += max(float(slots.share_P[p]), 1e-9)
+            for r, part in on_rank.items():
+                share[r] = share.get(r, 0.0) + part
+        most = max(sum(r in held[e] for e in rest) for r in share)
+        best = [r for r in sorted(share) if sum(r in held[e] for e in rest) == most]
+        rank = source if source in best else draw({r: share[r] for r in best}, unit_hash(token, min(rest)))
+        chosen |= {e: of(e, {rank}) for e in rest if rank in held[e]}
+    return [chosen.get(e, -1) for e in expert_K]
 
 
 def reference(slots: LayerSlots, row: np.ndarray, choice: str, expert_TK, source_T, token_T) -> np.ndarray:
@@ -168,6 +177,22 @@ def test_visit_first_stays_on_ranks_that_are_visited_anyway() -> None:
     expert_TK = np.tile([1, 2, 0], (50, 1))
     slot_TK = choose_slots(slots, "visit_first", expert_TK, np.ones(50, dtype=int), np.arange(50))
     assert set(slots.rank_P[slot_TK].reshape(-1).tolist()) == {0}
+
+
+def test_visit_first_sends_several_replicated_experts_to_one_rank_that_holds_them_all() -> None:
+    """Experts 0, 1, 2 have two replicas each and meet on rank 1 alone; the source rank 0 holds only two of them."""
+    slots = layer_slots(np.array([0, 1, 3, 0, 1, 2, 2, 4, 5]), 6, 3, 3)
+    expert_TK = np.tile([0, 1, 2], (50, 1))
+    slot_TK = choose_slots(slots, "visit_first", expert_TK, np.zeros(50, dtype=int), np.arange(50))
+    assert set(slots.rank_P[slot_TK].reshape(-1).tolist()) == {1}
+
+
+def test_visit_first_shares_among_the_visited_ranks_as_planned() -> None:
+    """Experts 1 and 2 alone on ranks 0 and 1, expert 0 on both (and 2): five standard deviations are 0.016."""
+    slots = layer_slots(np.array([0, 1, 0, 2, 0, 3]), 4, 3, 2, np.array([0.1, 1, 0.3, 1, 0.6, 1]))
+    tokens = 20_000
+    slot_TK = choose_slots(slots, "visit_first", np.tile([0, 1, 2], (tokens, 1)), np.full(tokens, 2), np.arange(tokens))
+    assert np.bincount(slots.rank_P[slot_TK[:, 0]], minlength=3) / tokens == pytest.approx((0.25, 0.75, 0), abs=0.016)
 
 
 def test_visit_first_takes_the_source_rank_where_nothing_is_visited() -> None:
