@@ -44,8 +44,8 @@ SCAN_EFFORT, REFINE_EFFORT = 8e6, 4e6
 
 MOVES_PER_SLOT = 500
 WINDOW_WEIGHT, CAPPED_WINDOW_WEIGHT = 0.1, 0.6
-"""Part of the price of PAR that is set on the load windows seen, the rest on draws of all requests; where PAR in windows
-has a cap of its own, the second in the first pass, then what the caps imply."""
+"""Part of the price of PAR that is set on the load windows seen, the rest on draws of all requests; where PAR in
+windows has a cap of its own, the second in the first pass, then what the caps imply."""
 
 MOST_WINDOWS = 64
 MARGIN = 0.01
