@@ -172,13 +172,18 @@ def _visit_first(
     expert, replica = np.nonzero(slots.slot_EN >= 0)
     slot = slots.slot_EN[expert, replica]
     np.add.at(share_ER, (expert, slots.rank_P[slot]), np.maximum(slots.share_P[slot], 1e-9))
+    # each expert's ranks once, and the share it has there, in rank order
+    ranks_E = (share_ER > 0).sum(axis=1)
+    rank_EN = np.argsort(share_ER == 0, axis=1, kind="stable")[:, : int(ranks_E.max(initial=1))]
     row = np.flatnonzero(open_TK.any(axis=1))
     while len(row):
-        held_R, share_R = np.zeros((len(row), slots.num_ranks), dtype=np.int8), np.zeros((len(row), slots.num_ranks))
-        for k in range(expert_TK.shape[1]):
-            share = np.where(open_TK[row, k, None], share_ER[expert_TK[row, k]], 0.0)
-            held_R += share > 0
-            share_R += share
+        at, column = np.nonzero(open_TK[row])
+        expert = expert_TK[row[at], column]
+        pair, nth = np.nonzero(np.arange(rank_EN.shape[1]) < ranks_E[expert, None])
+        rank = rank_EN[expert[pair], nth]
+        key, shape, size = at[pair] * slots.num_ranks + rank, (len(row), slots.num_ranks), len(row) * slots.num_ranks
+        held_R = np.bincount(key, minlength=size).reshape(shape)
+        share_R = np.bincount(key, weights=share_ER[expert[pair], rank], minlength=size).reshape(shape)
         best_R = held_R == held_R.max(axis=1, keepdims=True)
         first = expert_TK[row, np.where(open_TK[row], expert_TK[row], len(slots.count_E)).argmin(axis=1)]
         ladder = np.cumsum(np.where(best_R, share_R, 0.0), axis=1)
