@@ -9,6 +9,7 @@ Legend: L layers, Q pairs of layers, E experts, R ranks, G groups (ranks or node
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +18,73 @@ from placer.core.certificates import Certificate, verify
 from placer.core.errors import UsageError
 from placer.core.problem import PlacementProblem
 from solvers.affinity.assign import assign
-from solvers.balance.load import max_load_bound
-from solvers.bounds.transition_cuts import violated_cuts
-from solvers.bounds.transition_dual import charged, polish, value
-from solvers.bounds.transition_lp import Duals, Program, improve
+from solvers.bounds.transition_search import TransitionSearch
 
-__all__ = ["level_bound", "transition_certificate"]
+__all__ = ["MOST_ROUNDS", "TransitionBound", "transition_certificate"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-ARCS_PER_PARTNER = 5
-"""Arcs of each expert in the first program, for each partner it will have."""
-
 STEPS = 200
 MOST_ROUNDS = 40
-CUTS_PER_EXPERT = 16
-CUT_VIOLATION = 0.02
 STALLED = 2e-5
 """A round that proves less than this more, of the kept flow, is the last but two."""
+
+
+class TransitionBound:
+    """An anytime bound on cut + node_weight * cut_nodes, under problem.max_par where that is given.
+
+    Guarantee: valid whenever it is looked at. Exact on ranks for one expert per rank, else it ends near the optimum of
+    the programs' relaxation. Complexity O(L E^2 + STEPS * arcs) a round.
+    Raises UsageError without transitions or with redundant or empty slots.
+    """
+
+    def __init__(self, problem: PlacementProblem, node_weight: float) -> None:
+        profile, cluster = problem.profile, problem.cluster
+        if profile.transition_LEE is None or not profile.transition_LEE.sum():
+            raise UsageError("the profile has no transitions between layers; give a per-token trace")
+        if problem.redundant or problem.allow_empty_slots:
+            raise UsageError("the bound on affinity is for one copy of each expert and equal slots per rank")
+        self.problem = problem
+        self.node_weight = node_weight if cluster.nodes > 1 else 0.0
+        flow_LEE = profile.transition_LEE.astype(np.float64)
+        self.total = float(flow_LEE.sum())
+        capped = problem.max_par is not None and cluster.num_ranks < problem.num_slots
+        self.levels = [_Level(problem, flow_LEE, cluster.num_ranks, capped=capped, cuts=True)]
+        if self.node_weight > 0:
+            self.levels.append(_Level(problem, flow_LEE, cluster.nodes, capped=False, cuts=False))
+
+    @property
+    def bound(self) -> float:
+        """What is proven by now."""
+        cuts = [max(0.0, 1 - level.best_kept / self.total) for level in self.levels]
+        return cuts[0] + sum(self.node_weight * cut for cut in cuts[1:])
+
+    def step(self) -> bool:
+        """One round on every level that still moves; False when none does."""
+        for level in self.levels:
+            level.step()
+        return not all(level.done for level in self.levels)
+
+    def certificate(self) -> Certificate:
+        """The proof of `bound`, as verified."""
+        ranks, *nodes = [level.best for level in self.levels]
+        arrays = {f"rank_{name}": ranks[name] for name in ("u_LE", "v_LE", "tau_N", "biclique_N5")}
+        numbers = {"price": float(ranks["price"][0]), "node_weight": self.node_weight}
+        name, parts = "cut", ["b-matching"]
+        if len(arrays["rank_tau_N"]):
+            parts.append("biclique cuts")
+        if numbers["price"] > 0:
+            parts.append("load multipliers")
+            arrays |= {name: ranks[name] for name in ("mu_LE", "nu_LE")}
+        for level in nodes:
+            arrays |= {f"node_{name}": level[name] for name in ("u_LE", "v_LE")}
+            name = f"cut + {self.node_weight:.3g} * cut_nodes"
+        proof = " + ".join(parts)
+        draft = Certificate(
+            kind="kept", objective_name=name, bound=-np.inf, proof=proof, arrays=arrays, numbers=numbers
+        )
+        return replace(draft, bound=verify(self.problem, draft))
 
 
 def transition_certificate(
@@ -45,206 +94,54 @@ def transition_certificate(
     deadline: float = np.inf,
     enough: Callable[[float], bool] | None = None,
 ) -> Certificate:
-    """Certificate of a lower bound on cut + node_weight * cut_nodes, under problem.max_par where that is given.
-
-    Works until the bound stands still, `enough(bound on the rank-level cut)` says so, or time.perf_counter() passes
-    `deadline`. Guarantee: valid whatever it reaches. Exact on ranks for one expert per rank, else the optimum of the
-    program's relaxation within about 1e-4. Complexity O(rounds * (L E^2 + STEPS * arcs)).
-    Raises UsageError without transitions or with redundant or empty slots.
-    """
-    profile, cluster = problem.profile, problem.cluster
-    if profile.transition_LEE is None or not profile.transition_LEE.sum():
-        raise UsageError("the profile has no transitions between layers; use --solver lpt, or give a per-token trace")
-    if problem.redundant or problem.allow_empty_slots:
-        raise UsageError("the bound on affinity is for one copy of each expert and equal slots per rank")
-    flow_LEE = profile.transition_LEE.astype(np.float64)
-    arrays = level_bound(problem, flow_LEE, cluster.num_ranks, loads=True, deadline=deadline, enough=enough)
-    numbers = {"price": float(arrays.pop("price")[0]), "node_weight": node_weight if cluster.nodes > 1 else 0.0}
-    arrays = {f"rank_{name}" if name not in ("mu_LE", "nu_LE") else name: array for name, array in arrays.items()}
-    name = "cut"
-    if numbers["node_weight"] > 0:
-        on_nodes = level_bound(problem, flow_LEE, cluster.nodes, loads=False, deadline=deadline, enough=None)
-        arrays |= {f"node_{name}": array for name, array in on_nodes.items() if name in ("u_LE", "v_LE")}
-        name = f"cut + {node_weight:.3g} * cut_nodes"
-    parts = ["b-matching"]
-    parts += ["biclique cuts"] if len(arrays["rank_tau_N"]) else []
-    parts += ["load multipliers"] if numbers["price"] > 0 else []
-    draft = Certificate(
-        kind="kept", objective_name=name, bound=-np.inf, proof=" + ".join(parts), arrays=arrays, numbers=numbers
-    )
-    return Certificate(
-        kind="kept",
-        objective_name=name,
-        bound=verify(problem, draft),
-        proof=draft.proof,
-        arrays=arrays,
-        numbers=numbers,
-    )
+    """Works on a TransitionBound until it stands still, `enough(bound)` or time.perf_counter() passes `deadline`."""
+    finder = TransitionBound(problem, node_weight)
+    while finder.step() and time.perf_counter() < deadline and not (enough is not None and enough(finder.bound)):
+        pass
+    return finder.certificate()
 
 
-def level_bound(
-    problem: PlacementProblem,
-    flow_LEE: FloatArray,
-    groups: int,
-    *,
-    loads: bool,
-    deadline: float,
-    enough: Callable[[float], bool] | None,
-) -> dict[str, FloatArray]:
-    """Multipliers u_LE, v_LE, mu_LE, nu_LE, tau_N, biclique_N5 and price (1,) for groups of E / groups experts."""
-    pairs, experts = flow_LEE.shape[:2]
-    width = experts // groups
-    if width == 1:
-        return _one_partner(flow_LEE)
-    search = _Search(problem, flow_LEE, width, capped=loads and problem.max_par is not None, cuts=loads)
-    best, best_kept, stalled = search.multipliers(), np.inf, 0
-    total = float(flow_LEE.sum())
-    for _ in range(MOST_ROUNDS):
-        search.advance(STEPS)
-        kept = search.judge()
-        if kept < best_kept:
-            stalled = stalled + 1 if kept > best_kept * (1 - STALLED) else 0
-            best, best_kept = search.multipliers(), kept
+class _Level:
+    """The bound for one size of groups (ranks, or nodes): the best multipliers found and the search for better."""
+
+    def __init__(self, problem: PlacementProblem, flow_LEE: FloatArray, groups: int, *, capped: bool, cuts: bool):
+        width = flow_LEE.shape[1] // groups
+        self.rounds = self.stalled = 0
+        self.search: TransitionSearch | None = None
+        if width == 1:
+            self.best, self.best_kept = _one_partner(flow_LEE)
         else:
-            stalled += 1
-        if stalled >= 3 or time.perf_counter() > deadline or (enough is not None and enough(1 - best_kept / total)):
-            break
-        search.extend()
-    return best
+            self.search = TransitionSearch(problem, flow_LEE, width, capped=capped, cuts=cuts)
+            self.best_kept = self.search.judge()
+            self.best = self.search.multipliers()
+
+    @property
+    def done(self) -> bool:
+        """Nothing more is to be expected."""
+        return self.search is None or self.stalled >= 3 or self.rounds >= MOST_ROUNDS
+
+    def step(self) -> None:
+        """One round: steps of the method, judgement, arcs and cuts for the next."""
+        if self.search is None or self.done:
+            return
+        if self.rounds:
+            self.search.extend()
+        self.rounds += 1
+        self.search.advance(STEPS)
+        kept = self.search.judge()
+        self.stalled = self.stalled + 1 if kept > self.best_kept * (1 - STALLED) else 0
+        if kept < self.best_kept:
+            self.best, self.best_kept = self.search.multipliers(), kept
 
 
-def _one_partner(flow_LEE: FloatArray) -> dict[str, FloatArray]:
+def _one_partner(flow_LEE: FloatArray) -> tuple[dict[str, FloatArray], float]:
     """Each pair of layers is a linear assignment; its prices prove the optimum exactly."""
     pairs, experts = flow_LEE.shape[:2]
-    u_LE, v_LE, none_LE = np.zeros((pairs, experts)), np.zeros((pairs, experts)), np.zeros((pairs, experts))
+    u_LE, v_LE = np.zeros((pairs, experts)), np.zeros((pairs, experts))
     for pair, flow_EE in enumerate(flow_LEE):
         assign(flow_EE, v_LE[pair])
         u_LE[pair] = (flow_EE - v_LE[pair]).max(axis=1)
-    none_N = np.zeros(0)
-    return {
-        "u_LE": u_LE, "v_LE": v_LE, "mu_LE": none_LE, "nu_LE": none_LE.copy(), "tau_N": none_N,
-        "biclique_N5": np.zeros((0, 5)), "price": np.zeros(1),
+    found = {
+        "u_LE": u_LE, "v_LE": v_LE, "tau_N": np.zeros(0), "biclique_N5": np.zeros((0, 5)), "price": np.zeros(1)
     }  # fmt: skip
-
-
-class _Search:
-    """The program, its multipliers and what was found out about all arcs, between two rounds."""
-
-    def __init__(self, problem: PlacementProblem, flow_LEE: FloatArray, width: int, *, capped: bool, cuts: bool):
-        self.pairs, self.experts = flow_LEE.shape[:2]
-        self.width, self.with_cuts, self.capped = width, cuts, capped
-        top_LE = np.partition(flow_LEE, self.experts - width, axis=2)[:, :, self.experts - width :]
-        self.scale = max(1.0, float(top_LE.mean()))
-        self.flow_LEE = flow_LEE / self.scale
-        ranks, load_LE = problem.cluster.num_ranks, problem.profile.load_LE
-        share_LE = load_LE * ranks / np.maximum(1.0, load_LE.sum(axis=1, keepdims=True))
-        self.share_LE = np.ascontiguousarray(share_LE, dtype=np.float64)
-        mean_L = np.maximum(1e-300, load_LE.sum(axis=1) / ranks)
-        floor_L = [max_load_bound(load_E, ranks, problem.slots_per_rank) for load_E in load_LE]
-        self.floor_L = np.where(load_LE.sum(axis=1) > 0, np.array(floor_L) / mean_L, 1.0)
-        self.par_sum = len(load_LE) * problem.max_par if capped and problem.max_par is not None else np.inf
-        rows = self.pairs * self.experts
-        self.u_Q, self.v_Q = np.zeros(rows), np.zeros(rows)
-        shape = flow_LEE.shape
-        self.chosen_LEE = np.zeros(shape, dtype=bool)
-        self.s_LEE = np.zeros(shape)
-        self.rest_LEE = np.empty(shape)
-        for pair in range(self.pairs):
-            rest_EE = self._priced(pair)
-            most = min(self.experts, ARCS_PER_PARTNER * width)
-            everyone = np.arange(self.experts)
-            best_EA = np.argpartition(-rest_EE, most - 1, axis=1)[:, :most]
-            self.chosen_LEE[pair][everyone[:, None], best_EA] = True
-            best_AE = np.argpartition(-rest_EE, most - 1, axis=0)[:most]
-            self.chosen_LEE[pair][best_AE, everyone] = True
-        self.cut_N5 = np.zeros((0, 5), dtype=np.int64)
-        none_Q = np.zeros(rows)
-        self.duals = Duals(np.zeros(0), self.floor_L.copy(), self.u_Q, self.v_Q, none_Q, none_Q.copy(), np.zeros(0), 0.0)
-        self._build()
-
-    def _priced(self, pair: int) -> FloatArray:
-        """First prices of rows and columns, by turns; the flow less them."""
-        u_E, v_E = np.zeros(self.experts), np.zeros(self.experts)
-        polish(self.flow_LEE[pair], u_E, v_E, self.width, 8)
-        rows = slice(pair * self.experts, (pair + 1) * self.experts)
-        self.u_Q[rows], self.v_Q[rows] = u_E, v_E
-        return self.flow_LEE[pair] - u_E[:, None] - v_E
-
-    def _build(self) -> None:
-        """The program of the chosen arcs and cuts, from the point and multipliers there are."""
-        pair_A, row_A, column_A = np.nonzero(self.chosen_LEE)
-        first_Q1 = np.concatenate(([0], np.cumsum(np.bincount(pair_A * self.experts + row_A, minlength=len(self.u_Q)))))
-        position_LEE = np.full(self.chosen_LEE.shape, -1, dtype=np.int32)
-        position_LEE[pair_A, row_A, column_A] = np.arange(len(pair_A))
-        pair, i, other, j, k = self.cut_N5.T
-        cut_N4 = np.stack([position_LEE[pair, a, b] for a, b in ((i, j), (i, k), (other, j), (other, k))], axis=1)
-        self.program = Program(
-            pairs=self.pairs, experts=self.experts, width=self.width, first_Q1=first_Q1.astype(np.int64),
-            to_A=pair_A * self.experts + column_A, weight_A=self.flow_LEE[pair_A, row_A, column_A],
-            after_A=self.share_LE[pair_A + 1, column_A], before_A=self.share_LE[pair_A, row_A],
-            cut_N4=cut_N4.astype(np.int64), floor_L=self.floor_L, par_sum=self.par_sum,
-        )  # fmt: skip
-        self.arcs = (pair_A, row_A, column_A)
-        self.duals.s_A = self.s_LEE[self.arcs]
-
-    def advance(self, steps: int) -> None:
-        """Some steps of the method."""
-        improve(self.program, self.duals, steps)
-
-    def judge(self) -> float:
-        """Prices made legal and best for the rest; the kept flow that they prove to be the most, over all arcs."""
-        duals, experts, capped = self.duals, self.experts, self.capped
-        self.u_LE, self.v_LE = (part.reshape(-1, experts).copy() for part in (duals.u_Q, duals.v_Q))
-        self.mu_LE, self.nu_LE = (part.reshape(-1, experts).copy() for part in (duals.mu_Q, duals.nu_Q))
-        kept = 0.0
-        if capped:
-            used_L = np.zeros(self.pairs + 1)
-            used_L[1:] += self.mu_LE.sum(axis=1)
-            used_L[:-1] += self.nu_LE.sum(axis=1)
-            shrink_L = np.minimum(1.0, duals.price / np.maximum(used_L, 1e-300))
-            self.mu_LE *= shrink_L[1:, None]
-            self.nu_LE *= shrink_L[:-1, None]
-            kept += duals.price * self.par_sum - float((duals.price - used_L * shrink_L).clip(min=0) @ self.floor_L)
-        first_N = np.searchsorted(self.cut_N5[:, 0], np.arange(self.pairs + 1))
-        for pair in range(self.pairs):
-            mine = slice(first_N[pair], first_N[pair + 1])
-            left_EE = charged(
-                self.flow_LEE[pair], self.share_LE[pair + 1], self.share_LE[pair], self.mu_LE[pair], self.nu_LE[pair],
-                self.cut_N5[mine, 1:], duals.tau_N[mine],
-            )  # fmt: skip
-            polish(left_EE, self.u_LE[pair], self.v_LE[pair], self.width, 2)
-            kept += value(left_EE, self.u_LE[pair], self.v_LE[pair], self.width)
-            self.rest_LEE[pair] = left_EE - self.u_LE[pair][:, None] - self.v_LE[pair]
-        kept += 2.0 * float(duals.tau_N.sum())
-        return kept * self.scale
-
-    def multipliers(self) -> dict[str, FloatArray]:
-        """What the last `judge` judged, in transitions."""
-        if not hasattr(self, "u_LE"):
-            self.judge()
-        used = self.duals.tau_N > 0
-        return {
-            "u_LE": self.u_LE * self.scale, "v_LE": self.v_LE * self.scale, "mu_LE": self.mu_LE * self.scale,
-            "nu_LE": self.nu_LE * self.scale, "tau_N": self.duals.tau_N[used] * self.scale,
-            "biclique_N5": self.cut_N5[used].astype(np.float64), "price": np.array([self.duals.price * self.scale]),
-        }  # fmt: skip
-
-    def extend(self) -> None:
-        """Takes in arcs that the prices want and cuts that the point breaks; lets idle cuts go."""
-        self.s_LEE[self.arcs] = self.duals.s_A
-        self.chosen_LEE |= self.rest_LEE > 0
-        if self.with_cuts:
-            used = self.duals.tau_N > 0
-            known, tau_N = self.cut_N5[used], self.duals.tau_N[used]
-            fresh = []
-            for pair in range(self.pairs):
-                cut_N4, by_N = violated_cuts(self.s_LEE[pair], CUT_VIOLATION, CUTS_PER_EXPERT * self.experts)
-                fresh.append(np.column_stack([np.full(len(cut_N4), pair), cut_N4]))
-            both = np.concatenate([known, *fresh])
-            tau_N = np.concatenate([tau_N, np.zeros(len(both) - len(tau_N))])
-            # the same cut twice keeps its first multiplier
-            code_N = both @ np.array([self.experts**4, self.experts**3, self.experts**2, self.experts, 1])
-            _, first = np.unique(code_N, return_index=True)
-            self.cut_N5, self.duals.tau_N = both[first], tau_N[first]
-            self.chosen_LEE[self.cut_N5[:, 0], self.cut_N5[:, 2], self.cut_N5[:, 4]] = True
-        self._build()
+    return found, float(u_LE.sum() + v_LE.sum())
