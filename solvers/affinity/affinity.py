@@ -79,7 +79,7 @@ def solve_affinity(
         stopped_by = "interrupt"
     certificate = run.certificate()
     bound = min(certificate.bound, best.cut) if certificate else 0.0
-    if best.cut <= bound + 1e-9 and certificate is not None:
+    if certificate is not None and best.excess == 0 and best.cut <= bound + 1e-9:
         stopped_by = "optimal"
     return SolveResult(
         solver="affinity",
