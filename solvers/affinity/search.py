@@ -27,9 +27,11 @@ COLD = 0.005
 FIRST_PRICE, LAST_PRICE = 0.02, 3.0
 """Price of a rank's overload (in mean rank loads), in kept flow per layer."""
 
-RAMP = 0.95
+RAMP = 0.85
 RELABEL_EVERY = 5
-CAP_STEP = 0.3
+OFFER_FROM = 0.5
+TRACK = 0.3
+MOST_SLACK = 0.05
 
 
 class Incumbent:
@@ -62,6 +64,7 @@ def anneal_cycle(
     begin_LE: IntArray,
     best: Incumbent,
     hot: float,
+    first_price: float,
     rng: np.random.Generator,
     deadline: float,
     tick: Callable[[], None],
@@ -78,9 +81,12 @@ def anneal_cycle(
     capped = np.isfinite(chain.cap_seen)
     steps = min(MOST_STEPS, STEPS_PER_PAIR * experts * experts // 2)
     layer_kept = max(chain.kept(rank_LE), chain.kept(best.rank_LE)) / max(1, layers - 1)
-    mean_cap = chain.cap_seen
-    floor = float(chain.floor_L.mean())
-    cap_L = chain.caps(mean_cap) if capped else np.full(layers, np.inf)
+    floor, slack = float(chain.floor_L.mean()), 0.0
+    seen, expected = chain.par(chain.balanced_LE)
+    unseen = expected - seen
+    cap_L = np.full(layers, np.inf)
+    if capped:
+        cap_L = chain.caps(max(floor, min(chain.cap_seen, chain.cap_expected - unseen)))
     nodes = int(node_R.max()) + 1
     for block in range(BLOCKS):
         if block % RELABEL_EVERY == 0:
@@ -90,19 +96,24 @@ def anneal_cycle(
             load_LR = rank_loads(chain.share_LE, rank_LE, chain.ranks)
         done = block / BLOCKS
         temperature = layer_kept / experts * hot * (COLD / hot) ** done
-        price = FIRST_PRICE * (LAST_PRICE / FIRST_PRICE) ** min(1.0, done / RAMP) * layer_kept if capped else 0.0
-        if capped and done >= RAMP + 0.02:
+        price = 0.0
+        if capped:
+            price = first_price * (LAST_PRICE / first_price) ** min(1.0, done / RAMP) * layer_kept
+        if capped and (done >= RAMP + 0.02 or first_price == np.inf):
             price = np.inf
         anneal_block(
             flow_LEE, back_LEE, near_LRE, near_LNE, rank_LE, node_R, chain.node_weight, chain.share_LE, load_LR,
             cap_L, price, steps, temperature, rng,
         )  # fmt: skip
-        if capped and done >= 0.5:
-            excess = chain.excess(rank_LE)
-            if excess <= 0:
-                best.offer(rank_LE)
-            mean_cap = float(np.clip(mean_cap - CAP_STEP * excess, floor, 2 * chain.cap_seen))
-            cap_L = chain.caps(mean_cap)
+        if capped and done >= OFFER_FROM:
+            seen, expected = chain.par(rank_LE)
+            best.offer(rank_LE)
+            # unseen requests are busier by about the same whatever the cap; what is left over is used or saved slowly
+            unseen += TRACK * (expected - seen - unseen)
+            if done >= RAMP - 0.15:
+                spare = min(chain.cap_seen - seen, chain.cap_expected - expected)
+                slack = float(np.clip(slack + (TRACK if spare > 0 else 1.0) * spare, -MOST_SLACK, MOST_SLACK))
+            cap_L = chain.caps(max(floor, min(chain.cap_seen, chain.cap_expected - unseen) + slack))
         tick()
         if time.perf_counter() > deadline:
             break
