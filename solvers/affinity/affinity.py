@@ -33,9 +33,14 @@ FIRST_ROUNDS = 2
 SEARCH_SHARE = 0.55
 """Of the time limit; the bound gets the rest."""
 
-HOT_CYCLES = (0.1, 1.0)
-FURTHER_CYCLES = 2
-TICKS = (len(HOT_CYCLES) + FURTHER_CYCLES) * BLOCKS + FIRST_ROUNDS + MOST_ROUNDS
+CYCLES = ((0.1, 0.02), (1.0, 0.3))
+"""First temperature and price: the first cycle bends the assignment, the second forgets it (better for few experts)."""
+
+AGAIN = 4
+"""The better of them is run again: with many experts this many times as long, with few so many times."""
+
+MANY_EXPERTS = 64
+TICKS = (len(CYCLES) + AGAIN) * BLOCKS + FIRST_ROUNDS + MOST_ROUNDS
 
 
 def solve_affinity(
@@ -139,18 +144,21 @@ class _Run:
         return "time_limit" if self.cut_short else "effort"
 
     def _search(self, first_LE: IntArray) -> None:
-        cuts = []
-        hots = list(HOT_CYCLES)
-        for cycle in range(len(HOT_CYCLES) + FURTHER_CYCLES):
+        cuts: list[float] = []
+        repeats, length = (1, AGAIN) if self.chain.flow_LEE.shape[1] > MANY_EXPERTS else (AGAIN, 1)
+        for cycle in range(len(CYCLES) + repeats):
             if self._late(SEARCH_SHARE) or self._near_enough():
                 break
-            if cycle == len(HOT_CYCLES):
-                hots += [HOT_CYCLES[int(np.argmin(cuts))]] * FURTHER_CYCLES
+            again = cycle >= len(CYCLES)
+            hot, price = CYCLES[int(np.argmin(cuts[: len(CYCLES)])) if again else cycle]
             mine = Incumbent(self.chain, self.chain.balanced_LE)
             rng = np.random.default_rng([self.seed, cycle])
-            anneal_cycle(self.chain, first_LE, mine, hots[cycle], rng, self._until(SEARCH_SHARE), self._tick)
-            cuts.append(mine.cut if mine.excess == 0 else np.inf)
-            self._note(f"annealing from {hots[cycle]:g}", self.best.offer(mine.rank_LE))
+            blocks = BLOCKS * (length if again else 1)
+            try:
+                anneal_cycle(self.chain, first_LE, mine, hot, price, blocks, rng, self._until(SEARCH_SHARE), self._tick)
+            finally:
+                cuts.append(mine.cut if mine.excess == 0 else np.inf)
+                self._note(f"annealing from {hot:g}" + " again" * again, self.best.offer(mine.rank_LE))
             self.cut_short |= self._late(SEARCH_SHARE)
 
     def _prove(self, rounds: int, share: float) -> None:

@@ -44,7 +44,13 @@ def rank_loads(share_LE: FloatArray, rank_LE: IntArray, ranks: int) -> FloatArra
 
 @njit(cache=True)
 def _moved(
-    flow_LEE: FloatArray, back_LEE: FloatArray, near_LGE: FloatArray, layer: int, one: int, two: int, mine: int,
+    flow_LEE: FloatArray,
+    back_LEE: FloatArray,
+    near_LGE: FloatArray,
+    layer: int,
+    one: int,
+    two: int,
+    mine: int,
     yours: int,
 ) -> None:  # pragma: no cover - compiled
     """Tells the neighbours of `layer` that `one` went from group `mine` to `yours` and `two` the other way."""

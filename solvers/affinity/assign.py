@@ -17,9 +17,9 @@ FloatArray = npt.NDArray[np.float64]
 def assign(gain_ER: FloatArray, price_R: FloatArray) -> IntArray:  # pragma: no cover - compiled
     """rank_E with E / R experts on every rank and the largest sum of gain_ER[e, rank_E[e]]; exact.
 
-    `price_R` holds dual prices of the ranks: whatever is given is a valid start (ranks are all filled in the end), those
-    of a similar problem a fast one; on return they are optimal, so sum over e of max_r (gain - price) + E / R * sum
-    (price) equals the total gain. Successive shortest paths over ranks, O(E^2 R) at worst.
+    `price_R` holds dual prices of the ranks: whatever is given is a valid start (ranks are all filled in the end),
+    those of a similar problem a fast one; on return they are optimal, so sum over e of max_r (gain - price) + E / R *
+    sum (price) equals the total gain. Successive shortest paths over ranks, O(E^2 R) at worst.
     """
     experts, ranks = gain_ER.shape
     width = experts // ranks

@@ -22,8 +22,14 @@ LEAST_GAIN = 1e-9
 
 @njit(cache=True)
 def gain_of_layer(
-    flow_LEE: FloatArray, rank_LE: IntArray, layer: int, ranks: int, node_R: IntArray, node_weight: float,
-    before: bool, after: bool,
+    flow_LEE: FloatArray,
+    rank_LE: IntArray,
+    layer: int,
+    ranks: int,
+    node_R: IntArray,
+    node_weight: float,
+    before: bool,
+    after: bool,
 ) -> FloatArray:  # pragma: no cover - compiled
     """Flow that each expert of `layer` would keep on each rank given its neighbours' placement, (E, R).
 
@@ -51,9 +57,7 @@ def gain_of_layer(
 
 
 @njit(cache=True)
-def kept_flow(
-    flow_LEE: FloatArray, group_LE: IntArray
-) -> float:  # pragma: no cover - compiled
+def kept_flow(flow_LEE: FloatArray, group_LE: IntArray) -> float:  # pragma: no cover - compiled
     """Transitions whose two experts share a group (a rank, or a node)."""
     kept = 0.0
     experts = group_LE.shape[1]

@@ -24,7 +24,7 @@ STEPS_PER_PAIR = 60
 COLD = 0.005
 """Last temperature, in kept flow per layer and expert; the first is the caller's."""
 
-FIRST_PRICE, LAST_PRICE = 0.02, 3.0
+LAST_PRICE = 3.0
 """Price of a rank's overload (in mean rank loads), in kept flow per layer."""
 
 RAMP = 0.85
@@ -51,7 +51,7 @@ class Incumbent:
 
 
 def start_chain(chain: Chain, deadline: float) -> IntArray:
-    """Forward assignment and sweeps, load not looked at; the better of the two directions of the first layer."""
+    """Forward assignment and sweeps, load not looked at."""
     layers, experts = len(chain.flow_LEE) + 1, chain.flow_LEE.shape[1]
     price_LR = np.zeros((layers, chain.ranks))
     first_E = np.arange(experts) // (experts // chain.ranks)
@@ -65,15 +65,16 @@ def anneal_cycle(
     best: Incumbent,
     hot: float,
     first_price: float,
+    blocks: int,
     rng: np.random.Generator,
     deadline: float,
     tick: Callable[[], None],
 ) -> None:
-    """Anneals from `begin_LE` at temperatures from `hot` down and offers what it finds to `best`.
+    """Anneals from `begin_LE` in `blocks` blocks from temperature `hot` down and offers what it finds to `best`.
 
     With caps, each layer gets its own (`Chain.caps`) of a mean that is moved until the measured PAR fits, and what a
-    rank carries above it costs more and more; the last blocks let no overload grow. Without, sweeps end the cycle.
-    O(BLOCKS * L * steps) tries of O(1).
+    rank carries above it costs more and more, from `first_price` on; the last blocks let no overload grow. Without,
+    sweeps end the cycle. O(blocks * L * steps) tries of O(1).
     """
     flow_LEE, back_LEE, node_R = chain.flow_LEE, chain.back_LEE, chain.node_R
     layers, experts = begin_LE.shape
@@ -88,18 +89,18 @@ def anneal_cycle(
     if capped:
         cap_L = chain.caps(max(floor, min(chain.cap_seen, chain.cap_expected - unseen)))
     nodes = int(node_R.max()) + 1
-    for block in range(BLOCKS):
+    for block in range(blocks):
         if block % RELABEL_EVERY == 0:
             rank_LE = chain.relabel(rank_LE)
             near_LRE = near_flow(flow_LEE, back_LEE, rank_LE, chain.ranks)
             near_LNE = near_flow(flow_LEE, back_LEE, node_R[rank_LE], nodes) if chain.node_weight else near_LRE
             load_LR = rank_loads(chain.share_LE, rank_LE, chain.ranks)
-        done = block / BLOCKS
+        done = block / blocks
         temperature = layer_kept / experts * hot * (COLD / hot) ** done
         price = 0.0
         if capped:
             price = first_price * (LAST_PRICE / first_price) ** min(1.0, done / RAMP) * layer_kept
-        if capped and (done >= RAMP + 0.02 or first_price == np.inf):
+        if capped and done >= RAMP + 0.02:
             price = np.inf
         anneal_block(
             flow_LEE, back_LEE, near_LRE, near_LNE, rank_LE, node_R, chain.node_weight, chain.share_LE, load_LR,

@@ -1,8 +1,8 @@
 """The linear program behind the bound on affinity, solved for its multipliers by a primal-dual gradient method.
 
 maximise sum w s over the pairs of layers, with rows and columns of s summing to C, each partner's load at most its
-layer's PAR, biclique cuts, 0 <= s <= 1 and one cap on the sum of PAR. Only promising arcs (expert of one layer, expert of
-the next) are in the program: whoever turns the multipliers into a bound must look at all of them.
+layer's PAR, biclique cuts, 0 <= s <= 1 and one cap on the sum of PAR. Only promising arcs (expert of one layer, expert
+of the next) are in the program: whoever turns the multipliers into a bound must look at all of them.
 
 Legend: Q pairs of layers, E experts, L layers, A arcs, N cuts. Rows are (pair, expert), so Q E of them.
 Reference: r2HPDHG, reflected and restarted Halpern iterations (Lu and Yang 2024, arXiv 2407.16144), with the diagonal
@@ -32,7 +32,8 @@ class Program:
 
     first_Q1 (Q E + 1,) arcs of each row; to_A column of each arc as a row number of its pair's columns (pair * E +
     expert); weight_A scaled so that a kept arc is worth about 1; after_A, before_A load shares of the arc's two ends;
-    cut_N4 arcs of each cut, the last one with a minus sign; floor_L, par_sum: bounds on each PAR and on their sum (no cap: inf).
+    cut_N4 arcs of each cut, the last one with a minus sign; floor_L, par_sum: bounds on each PAR and on their sum (no
+    cap: inf).
     """
 
     pairs: int
@@ -50,7 +51,7 @@ class Program:
 
 @dataclass(slots=True)
 class Duals:
-    """Multipliers (u, v, mu, nu over rows; tau over cuts; price) and the primal point (s over arcs, PAR) beside them."""
+    """Multipliers (u, v, mu, nu over rows; tau over cuts; price) and the primal point (s over arcs, PAR) beside."""
 
     s_A: FloatArray
     par_L: FloatArray

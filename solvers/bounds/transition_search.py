@@ -57,7 +57,9 @@ class TransitionSearch:
             self.chosen_LEE[pair][best_AE, everyone] = True
         self.cut_N5 = np.zeros((0, 5), dtype=np.int64)
         none_Q = np.zeros(rows)
-        self.duals = Duals(np.zeros(0), self.floor_L.copy(), self.u_Q, self.v_Q, none_Q, none_Q.copy(), np.zeros(0), 0.0)
+        self.duals = Duals(
+            np.zeros(0), self.floor_L.copy(), self.u_Q, self.v_Q, none_Q, none_Q.copy(), np.zeros(0), 0.0
+        )
         self._build()
 
     def _priced(self, pair: int) -> FloatArray:
@@ -134,7 +136,7 @@ class TransitionSearch:
             known, tau_N = self.cut_N5[used], self.duals.tau_N[used]
             fresh = []
             for pair in range(self.pairs):
-                cut_N4, by_N = violated_cuts(self.s_LEE[pair], CUT_VIOLATION, CUTS_PER_EXPERT * self.experts)
+                cut_N4 = violated_cuts(self.s_LEE[pair], CUT_VIOLATION, CUTS_PER_EXPERT * self.experts)[0]
                 fresh.append(np.column_stack([np.full(len(cut_N4), pair), cut_N4]))
             both = np.concatenate([known, *fresh])
             tau_N = np.concatenate([tau_N, np.zeros(len(both) - len(tau_N))])

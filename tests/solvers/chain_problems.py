@@ -59,7 +59,7 @@ def labelled_placements(experts: int, ranks: int) -> np.ndarray:
 
 
 def least_cut(problem: PlacementProblem, node_weight: float = 0.0) -> float:
-    """The optimum of cut + node_weight * cut_nodes under the cap, over all chains of at most three layers; inf: none."""
+    """The optimum of cut + node_weight * cut_nodes under the cap, over chains of at most three layers; inf: none."""
     profile, spec = problem.profile, problem.cluster
     layers, experts = profile.load_LE.shape
     place_XE = labelled_placements(experts, spec.num_ranks)

@@ -25,8 +25,9 @@ per rank. With redundant slots (S slots a rank, D of them redundant
 in a layer) an expert with n replicas has at most n S partners: then u, v >= 0, no Z, tau, mu, nu, and C sum u becomes
 S (sum u + D max u).
 
-Arrays: rank_u_LE, rank_v_LE, mu_LE, nu_LE (L - 1, E), rank_split_LEE (L - 1, E, E), rank_tau_N with
-rank_biclique_N5 (pair, i, i', j, j' of each); node_ in place of rank_ likewise, without load. Numbers: price (transitions per unit of PAR), node_weight.
+Arrays: rank_u_LE, rank_v_LE, mu_LE, nu_LE (L - 1, E), rank_split_LEE (L - 1, E, E), rank_tau_N with rank_biclique_N5
+(pair, i, i', j, j' of each); node_ in place of rank_ likewise, without load. Numbers: price (transitions per unit of
+PAR), node_weight.
 Objective: share of transitions that change rank + node_weight * share that change node.
 """
 
@@ -143,7 +144,7 @@ def _load_charge(problem: PlacementProblem, mu_LE: FloatArray, nu_LE: FloatArray
 
 
 def _load_terms(problem: PlacementProblem, mu_LE: FloatArray, nu_LE: FloatArray, price: float) -> float:
-    """price * L cap less the PAR that every layer has anyway and no multiplier uses, after the signs have been looked at."""
+    """price * L cap less the PAR that every layer has anyway and no multiplier uses, after a look at the signs."""
     used_L = np.zeros(len(mu_LE) + 1)
     used_L[1:] += mu_LE.sum(axis=1)
     used_L[:-1] += nu_LE.sum(axis=1)
