@@ -19,6 +19,7 @@ from placer.core.errors import UsageError
 from placer.core.problem import PlacementProblem
 from solvers.affinity.assign import assign
 from solvers.bounds.transition_search import TransitionSearch
+from solvers.bounds.transition_spectrum import SplitSearch
 
 __all__ = ["MOST_ROUNDS", "TransitionBound", "transition_certificate"]
 
@@ -29,6 +30,10 @@ STEPS = 200
 MOST_ROUNDS = 40
 STALLED = 2e-5
 """A round that proves less than this more, of the kept flow, is the last but two."""
+
+SPLIT_ROUNDS, SPLIT_STEPS = 8, 4
+COARSE = 1e-3
+"""The same where the spectrum follows, which forgets the last digits."""
 
 
 class TransitionBound:
@@ -78,7 +83,8 @@ class TransitionBound:
             parts.append("load multipliers")
             arrays |= {name: ranks[name] for name in ("mu_LE", "nu_LE")}
         for level in nodes:
-            arrays |= {f"node_{name}": level[name] for name in ("u_LE", "v_LE")}
+            arrays |= {f"node_{name}": level[name] for name in ("u_LE", "v_LE", "split_LEE") if name in level}
+            parts += ["spectrum on nodes"] if "split_LEE" in level else []
             name = f"cut + {self.node_weight:.3g} * cut_nodes"
         proof = " + ".join(parts)
         draft = Certificate(
@@ -106,7 +112,9 @@ class _Level:
 
     def __init__(self, problem: PlacementProblem, flow_LEE: FloatArray, groups: int, *, capped: bool, cuts: bool):
         width = flow_LEE.shape[1] // groups
-        self.rounds = self.stalled = 0
+        self.flow_LEE, self.groups, self.cuts, self.with_spectrum = flow_LEE, groups, cuts, not cuts
+        self.split: SplitSearch | None = None
+        self.rounds = self.stalled = self.split_rounds = 0
         self.search: TransitionSearch | None = None
         if width == 1:
             self.best, self.best_kept = _one_partner(flow_LEE)
@@ -118,18 +126,27 @@ class _Level:
     @property
     def done(self) -> bool:
         """Nothing more is to be expected."""
-        return self.search is None or self.stalled >= 3 or self.rounds >= MOST_ROUNDS
+        matched = self.search is None or self.stalled >= 3 or self.rounds >= MOST_ROUNDS
+        return matched and (self.search is None or not self.with_spectrum or self.split_rounds >= SPLIT_ROUNDS)
 
     def step(self) -> None:
-        """One round: steps of the method, judgement, arcs and cuts for the next."""
+        """One round: steps of the method, judgement, arcs and cuts for the next; then the spectrum, if it is wanted."""
         if self.search is None or self.done:
+            return
+        if self.stalled >= 3 or self.rounds >= MOST_ROUNDS:
+            if self.split is None:
+                self.split = SplitSearch(self.flow_LEE, self.groups, self.best["u_LE"], self.best["v_LE"])
+            self.split.step(SPLIT_STEPS)
+            self.split_rounds += 1
+            if self.split.kept < self.best_kept:
+                self.best, self.best_kept = self.split.multipliers(), self.split.kept
             return
         if self.rounds:
             self.search.extend()
         self.rounds += 1
         self.search.advance(STEPS)
         kept = self.search.judge()
-        self.stalled = self.stalled + 1 if kept > self.best_kept * (1 - STALLED) else 0
+        self.stalled = self.stalled + 1 if kept > self.best_kept * (1 - (STALLED if self.cuts else COARSE)) else 0
         if kept < self.best_kept:
             self.best, self.best_kept = self.search.multipliers(), kept
 

@@ -15,6 +15,7 @@ from placer.core.problem import PlacementProblem
 from solvers.bounds.transition import TransitionBound, transition_certificate
 from solvers.bounds.transition_cuts import violated_cuts
 from solvers.bounds.transition_search import TransitionSearch
+from solvers.bounds.transition_spectrum import SplitSearch
 
 
 def relaxation(problem: PlacementProblem, width: int, capped: bool) -> float:
@@ -148,6 +149,30 @@ def test_nodes_are_bounded_too() -> None:
         on_ranks = least_cut(problem)
         alone = replace(certificate, bound=0.0, numbers={"price": 0.0, "node_weight": 0.0})
         assert verify(problem, alone) == pytest.approx(on_ranks, abs=1e-8)
+
+
+def test_the_spectrum_proves_more_than_the_matching_and_never_too_much() -> None:
+    gained = 0.0
+    for seed in range(3):
+        problem = chain_problem(seed, layers=2, experts=6, ranks=6, nodes=2)
+        flow_LEE = problem.profile.transition_LEE
+        assert flow_LEE is not None
+        optimum = least_cut(problem, node_weight=1.0)
+        certificate = transition_certificate(problem, node_weight=1.0)
+        assert certificate.bound <= optimum + 1e-9
+        search = TransitionSearch(problem, flow_LEE.astype(np.float64), 3, capped=False, cuts=False)
+        search.advance(400)
+        matching = search.judge()
+        found = search.multipliers()
+        split = SplitSearch(flow_LEE.astype(np.float64), 2, found["u_LE"], found["v_LE"])
+        assert split.kept == pytest.approx(matching, rel=1e-6)
+        split.step(40)
+        assert split.kept <= matching * (1 + 1e-6)
+        assert 1 - split.kept / flow_LEE.sum() <= optimum - least_cut(problem) + 1e-9
+        gained += matching - split.kept
+    assert gained > 0
+    assert "node_split_LEE" in certificate.arrays
+    assert "spectrum" in certificate.proof
 
 
 def test_cuts_found_are_violated_and_integer_placements_violate_none() -> None:
