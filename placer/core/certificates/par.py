@@ -18,7 +18,7 @@ import numpy.typing as npt
 from placer.core.errors import UsageError
 from placer.core.problem import PlacementProblem
 
-__all__ = ["par_bound"]
+__all__ = ["least_par", "par_bound"]
 
 
 def par_bound(
@@ -29,19 +29,21 @@ def par_bound(
         raise UsageError("the bound on PAR is for ranks of equal speed; the cluster has rank_speed")
     if problem.allow_empty_slots:
         raise UsageError("the bound on PAR is for equal slots per rank; this problem allows empty ones")
-    ranks, per_rank, spare = problem.cluster.num_ranks, problem.slots_per_rank, problem.redundant
-    least = []
-    for load_E in problem.profile.load_LE.astype(np.float64):
-        total = load_E.sum()
-        if total == 0:
-            least.append(1.0)
-            continue
-        rising = np.sort(load_E)
-        peak = max(total / ranks, rising[-1] / min(ranks, spare + 1))
-        if spare == 0:
-            peak = max(peak, rising[-1] + rising[: per_rank - 1].sum())
-            if len(rising) > ranks:
-                pair = rising[-ranks] + rising[-ranks - 1]
-                peak = max(peak, pair + rising[: max(0, per_rank - 2)].sum())
-        least.append(peak * ranks / total)
-    return float(np.mean(least))
+    ranks, spare = problem.cluster.num_ranks, problem.redundant
+    load_LE = problem.profile.load_LE.astype(np.float64)
+    return float(np.mean([least_par(load_E, ranks, problem.slots_per_rank, spare) for load_E in load_LE]))
+
+
+def least_par(load_E: npt.NDArray[np.float64], ranks: int, per_rank: int, spare: int) -> float:
+    """Max / mean rank load that one layer has at least, by the four arguments; 1 where nothing is loaded."""
+    total = load_E.sum()
+    if total == 0:
+        return 1.0
+    rising = np.sort(load_E)
+    peak = max(total / ranks, rising[-1] / min(ranks, spare + 1))
+    if spare == 0:
+        peak = max(peak, rising[-1] + rising[: per_rank - 1].sum())
+        if len(rising) > ranks:
+            pair = rising[-ranks] + rising[-ranks - 1]
+            peak = max(peak, pair + rising[: max(0, per_rank - 2)].sum())
+    return float(peak * ranks / total)
