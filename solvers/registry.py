@@ -57,6 +57,14 @@ SOLVERS: dict[str, SolverInfo] = {
         "few ranks touched under a load cap, replicas placed jointly (at most 64 ranks)",
         ("seed", "time_limit_s", "start_LP", "progress"),
     ),
+    "affinity": SolverInfo(
+        "solvers.affinity.affinity",
+        "solve_affinity",
+        "most transitions kept on one rank under a load cap, with a certificate",
+        ("seed", "time_limit_s", "gap", "start_LP", "progress"),
+        align=False,
+        replicas=False,
+    ),
     "moetuner": SolverInfo(
         "solvers.papers.moetuner",
         "solve_moetuner",

@@ -32,11 +32,14 @@ LEVEL_AXES = {
     "spectrum_LEE": 3,
     "triangle_N4": 2,
     "tau_N": 1,
+    "biclique_N5": 2,
 }
 KNOWN: dict[str, dict[str, int]] = {
     "par": {},
     "kept": {
-        f"{level}_{name}": LEVEL_AXES[name] for level in ("rank", "node") for name in ("u_LE", "v_LE", "split_LEE")
+        f"{level}_{name}": LEVEL_AXES[name]
+        for level in ("rank", "node")
+        for name in ("u_LE", "v_LE", "split_LEE", "tau_N", "biclique_N5")
     }
     | {"mu_LE": 2, "nu_LE": 2},
     "touched": {

@@ -20,14 +20,12 @@ from solvers.affinity.chain import Chain
 from solvers.affinity.search import BLOCKS, Incumbent, anneal_cycle, start_chain
 from solvers.bounds.transition import MOST_ROUNDS, TransitionBound
 from solvers.result import SolveResult, StoppedBy
+from solvers.score import HOPS
 from solvers.touch.caps import refuse_impossible_cap
 
-__all__ = ["HOPS", "solve_affinity"]
+__all__ = ["solve_affinity"]
 
 IntArray = npt.NDArray[np.int64]
-
-HOPS = 1.0
-"""Weight of a cut between nodes on top of the one between ranks: ExFlow's hops, 1 in the node and 2 across."""
 
 FIRST_ROUNDS = 2
 SEARCH_SHARE = 0.55
