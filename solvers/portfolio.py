@@ -22,7 +22,7 @@ from solvers.registry import run_solver
 from solvers.result import SolveResult, StoppedBy
 from solvers.stages import Stage
 from solvers.touch.caps import refuse_impossible_cap
-from solvers.touch.coactivation import node_price
+from solvers.touch.objective import node_price
 
 __all__ = ["solve_portfolio"]
 

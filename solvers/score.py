@@ -26,7 +26,7 @@ from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from placer.core.replicas import LayerSlots, layer_slots, serve_sets, served_share
 from solvers.touch.anneal import touched
-from solvers.touch.coactivation import node_price
+from solvers.touch.objective import node_price
 
 __all__ = ["Goal", "GoalKind", "Score", "goal_name", "goal_of", "repeats", "score"]
 

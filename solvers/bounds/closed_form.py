@@ -3,7 +3,7 @@
 from placer.core.certificates import Certificate
 from placer.core.problem import PlacementProblem
 from solvers.balance.load import par_bound
-from solvers.touch.coactivation import node_price, touch_objective
+from solvers.touch.objective import node_price, touch_objective
 
 __all__ = ["closed_form"]
 

@@ -19,7 +19,7 @@ from solvers.migration.judge import LayerJudge, Verdict, judges_of, rewards_loca
 from solvers.migration.knapsack import Option, choose_options
 from solvers.migration.path import greedy_path
 from solvers.touch.anneal import incidence
-from solvers.touch.coactivation import touch_objective
+from solvers.touch.objective import touch_objective
 
 __all__ = ["objective_name", "solve_under_budget"]
 

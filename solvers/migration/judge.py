@@ -15,7 +15,7 @@ from placer.core.profile import ExpertSets
 from placer.core.replicas import layer_slots, serve_sets, served_share
 from solvers.touch.anneal import touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, load_draws
-from solvers.touch.coactivation import node_price, touch_objective
+from solvers.touch.objective import node_price, touch_objective
 
 __all__ = ["LayerJudge", "Verdict", "judges_of", "rewards_locality"]
 

@@ -13,24 +13,21 @@ W windows.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import UsageError
-from placer.core.evaluate import par
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from placer.core.profile import ExpertSets
 from solvers.balance.lpt import lpt_slots
 from solvers.interrupts import interruptible
 from solvers.result import SolveResult, StoppedBy
-from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
+from solvers.touch.layer import better, candidate, prepare, rank_of_expert, slots_of_ranks
+from solvers.touch.objective import node_price, touch_objective
 
-__all__ = ["capacity_bound", "node_price", "solve_coactivation", "touch_objective"]
+__all__ = ["solve_coactivation"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -42,7 +39,7 @@ REFINE_FACTORS = (0.75, 1.0, 1.33)
 WINDOW_FACTORS = (0.0, 1.0)
 """In the first pass, what a unit of window PAR is worth against one of PAR: nothing, or as much."""
 
-PAIR_STEPS, PAIR_VALUE, PAIRED_EXPERTS = 6_000, 0.45, 64
+PAIR_VALUE, PAIRED_EXPERTS = 0.45, 64
 """Layers of so many experts start from an annealing on pairs alone, which looks at no sets and so costs little."""
 
 DRAWS, WINDOWS, MOST_LOADS = 32, 48, 6_000
@@ -50,24 +47,6 @@ DRAWS, WINDOWS, MOST_LOADS = 32, 48, 6_000
 
 SEARCH_SPREAD = 0.5
 """The search sees draws of half a sample's deviation: wider ones drown small gains, none at all ignores drift."""
-VISITS_PER_LAYER = 8e8
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer, ready to anneal."""
-
-    sets: ExpertSets
-    first_E: IntArray
-    set_I: npt.NDArray[np.int32]
-    pair_EE: FloatArray
-    draw_EB: FloatArray
-    draws: int
-    judge_EB: FloatArray
-    window_EW: FloatArray
-    load_E: IntArray
-    tokens: int
-    steps: int
 
 
 def solve_coactivation(
@@ -104,7 +83,7 @@ def solve_coactivation(
     balanced_LP = lpt_slots(
         profile.load_LE, problem.num_slots, ranks, seed=seed, speed_R=cluster.speed_R, room_LR=room_LR
     )
-    start_LE = _rank_of_expert(balanced_LP, ranks, profile.model.num_experts)
+    start_LE = rank_of_expert(balanced_LP, ranks, profile.model.num_experts)
     loads = max(8, min(DRAWS + WINDOWS, MOST_LOADS // profile.model.num_experts))
     draws_LEB = load_draws(profile.load_FLE, min(DRAWS, loads // 2), seed, spread=SEARCH_SPREAD)
     judge_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS, seed + 1, spread=JUDGE_SPREAD)
@@ -113,15 +92,15 @@ def solve_coactivation(
     for layer in range(layers):
         window_EW = profile.load_WLE[:, layer].T.astype(np.float64)
         searched_EB = np.concatenate((draws_LEB[layer], window_EW[:, windows_W]), axis=1)
-        prepared.append(_prepare(problem, layer, searched_EB, draws_LEB.shape[2], judge_LEB[layer], window_EW))
+        prepared.append(prepare(problem, layer, searched_EB, draws_LEB.shape[2], judge_LEB[layer], window_EW))
     node_weight = node_price(problem)
-    pools = [[_candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
+    pools = [[candidate(problem, item, start_LE[layer], node_weight)] for layer, item in enumerate(prepared)]
     if start_LP is not None and (problem.uneven or start_LP.shape == (layers, problem.num_slots)):
-        given_LE = _rank_of_expert(start_LP, ranks, profile.model.num_experts)
+        given_LE = rank_of_expert(start_LP, ranks, profile.model.num_experts)
         for layer, item in enumerate(prepared):
             if room_LR is not None and (np.bincount(given_LE[layer], minlength=ranks) > room_LR[layer]).any():
                 continue
-            pools[layer].append(_candidate(problem, item, given_LE[layer], node_weight))
+            pools[layer].append(candidate(problem, item, given_LE[layer], node_weight))
     cap_seen = problem.max_par if problem.max_par is not None else np.inf
     floor = float(np.mean([pool[0].par for pool in pools]))
     cap = max(cap_seen, floor + NEAR_FLOOR)
@@ -156,9 +135,9 @@ def solve_coactivation(
                     rng = np.random.default_rng([seed, phase == "refine", index, layer])
                     begin_E, room_R = begin.placement, None if room_LR is None else room_LR[layer]
                     if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
-                        begin_E = _anneal(problem, item, begin_E, room_R, 0.0, prices, PAIR_VALUE, share, rng)
-                    found_E = _anneal(problem, item, begin_E, room_R, node_weight, prices, 0.0, share, rng)
-                    pools[layer].append(_candidate(problem, item, found_E, node_weight))
+                        begin_E = better(problem, item, begin_E, room_R, 0.0, prices, PAIR_VALUE, share, rng)
+                    found_E = better(problem, item, begin_E, room_R, node_weight, prices, 0.0, share, rng)
+                    pools[layer].append(candidate(problem, item, found_E, node_weight))
                     done += 1
                     if progress:
                         progress(done, total)
@@ -187,148 +166,6 @@ def solve_coactivation(
         seconds=time.perf_counter() - started,
         message=message,
     )
-
-
-def capacity_bound(problem: PlacementProblem, slots: int) -> float:
-    """Mean groups (ranks, nodes) of `slots` slots touched is at least this: k distinct experts fill ceil(k / slots)."""
-    per_layer = []
-    for sets in problem.profile.sets:
-        size_H = (sets.expert_HK >= 0).sum(axis=1)
-        weight = sets.weight_H * (size_H > 0)
-        least = -(-size_H // slots)
-        per_layer.append(float((least * weight).sum() / max(1, weight.sum())))
-    return float(np.mean(per_layer))
-
-
-def touch_objective(problem: PlacementProblem) -> tuple[str, float]:
-    """Name of what both touching solvers minimise, and a lower bound on it."""
-    weight = node_price(problem)
-    name = "ranks_touched" if weight == 0 else f"ranks_touched + {weight:.3g} * nodes_touched"
-    most = int(problem.room_LR.max())
-    on_ranks = capacity_bound(problem, most)
-    on_nodes = capacity_bound(problem, most * problem.cluster.ranks_per_node)
-    return name, on_ranks + weight * on_nodes
-
-
-def node_price(problem: PlacementProblem) -> float:
-    """What touching one more node costs against one more rank: the ratio of their links' bytes per second."""
-    cluster = problem.cluster
-    if problem.mode != "per_node" or cluster.nodes == 1:
-        return 0.0
-    return cluster.intra.gbytes_per_s / cluster.inter.gbytes_per_s
-
-
-def slots_of_ranks(rank_LE: IntArray, num_ranks: int, width: int | None = None) -> IntArray:
-    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank.
-
-    With `width` counts may differ: every rank has so many slots, and -1 in those it does not use.
-    """
-    order_LE = np.argsort(rank_LE, axis=1, kind="stable")
-    if width is None:
-        return canonical_slots(order_LE, num_ranks)
-    slots = np.full((len(rank_LE), num_ranks, width), -1, dtype=np.int64)
-    for layer, (rank_E, order_E) in enumerate(zip(rank_LE, order_LE, strict=True)):
-        ranks = rank_E[order_E]
-        slots[layer, ranks, np.arange(len(ranks)) - np.searchsorted(ranks, ranks)] = order_E
-    return slots.reshape(len(rank_LE), -1)
-
-
-def _rank_of_expert(slots_LP: IntArray, num_ranks: int, experts: int) -> IntArray:
-    """Rank of each expert of a placement without replicas, (L, E)."""
-    # empty slots (-1) come first
-    return np.argsort(slots_LP, axis=1, kind="stable")[:, -experts:] // (slots_LP.shape[1] // num_ranks)
-
-
-def _prepare(
-    problem: PlacementProblem,
-    layer: int,
-    draw_EB: FloatArray,
-    draws: int,
-    judge_EB: FloatArray,
-    window_EW: FloatArray,
-) -> _Layer:
-    sets = problem.profile.sets[layer]
-    experts = problem.profile.model.num_experts
-    first_E, set_I = incidence(sets.expert_HK, experts)
-    visits = max(1.0, 2.0 * len(set_I) / experts)
-    return _Layer(
-        sets=sets,
-        first_E=first_E,
-        set_I=set_I,
-        pair_EE=pair_weights(sets.expert_HK, sets.weight_H, experts),
-        draw_EB=np.ascontiguousarray(draw_EB),
-        draws=draws,
-        judge_EB=judge_EB,
-        window_EW=window_EW,
-        load_E=problem.profile.load_LE[layer],
-        tokens=max(1, int(sets.weight_H.sum())),
-        steps=int(np.clip(VISITS_PER_LAYER / visits, 2_000, 12_000 * experts)),
-    )
-
-
-def _candidate(problem: PlacementProblem, item: _Layer, rank_E: IntArray, node_weight: float) -> Candidate:
-    ranks, node_R = problem.cluster.num_ranks, problem.cluster.node_R
-    cost = touched(item.sets.expert_HK, item.sets.weight_H, rank_E, ranks)
-    if node_weight > 0:
-        nodes = touched(item.sets.expert_HK, item.sets.weight_H, node_R[rank_E], problem.cluster.nodes)
-        cost += node_weight * nodes
-    load_RB = np.zeros((ranks, item.judge_EB.shape[1]))
-    np.add.at(load_RB, rank_E, item.judge_EB)
-    load_RW = np.zeros((ranks, item.window_EW.shape[1]))
-    np.add.at(load_RW, rank_E, item.window_EW)
-    speed_R = problem.cluster.speed_R
-    return Candidate(
-        touched=cost / item.tokens,
-        par=float(par(load_RB.T, speed_R).mean()),
-        par_seen=float(par(np.bincount(rank_E, weights=item.load_E, minlength=ranks), speed_R)),
-        placement=rank_E,
-        window=float(par(load_RW.T, speed_R).mean()),
-    )
-
-
-def _anneal(
-    problem: PlacementProblem,
-    item: _Layer,
-    begin_E: IntArray,
-    room_R: IntArray | None,
-    node_weight: float,
-    prices: tuple[float, float],
-    pair_value: float,
-    share: float,
-    rng: np.random.Generator,
-) -> IntArray:
-    """A better placement of one layer at these prices of PAR and of window PAR; on pairs alone with a `pair_value`."""
-    experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
-    # one exchange changes the sets of two experts: that is the natural unit of temperature
-    unit = item.tokens * top_k / experts * (1 + node_weight)
-    windows = item.draw_EB.shape[1] - item.draws
-    price_B = np.repeat([prices[0] / item.draws, prices[1] / max(1, windows)], [item.draws, windows]) * item.tokens
-    speed_R = problem.cluster.speed_R
-    slow_R = np.ones(problem.cluster.num_ranks) if speed_R is None else speed_R.mean() / speed_R
-    # an empty slot is an expert of no load and in no set: exchanging it with one moves that one alone
-    empty = np.zeros(0, dtype=np.int64)
-    if room_R is not None:
-        empty = np.repeat(np.arange(len(room_R)), room_R - np.bincount(begin_E, minlength=len(room_R)))
-    found_E, _ = anneal_layer(
-        np.concatenate((begin_E, empty)),
-        problem.cluster.node_R,
-        slow_R,
-        experts,
-        np.pad(item.draw_EB, ((0, len(empty)), (0, 0))),
-        price_B,
-        item.sets.expert_HK,
-        item.sets.weight_H,
-        np.pad(item.first_E, (0, len(empty)), mode="edge"),
-        item.set_I,
-        np.pad(item.pair_EE, (0, len(empty))),
-        node_weight,
-        pair_value,
-        PAIR_STEPS * experts if pair_value > 0 else max(1_000, int(item.steps * share)),
-        0.24 * unit,
-        0.008 * unit,
-        rng,
-    )
-    return found_E[:experts]
 
 
 def _meets(chosen: list[Candidate], cap: float, cap_seen: float, cap_window: float) -> bool:

@@ -22,8 +22,8 @@ from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import incidence
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, load_draws, promise, refuse_impossible_cap
-from solvers.touch.coactivation import node_price, touch_objective
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
+from solvers.touch.objective import node_price, touch_objective
 from solvers.touch.replica_anneal import anneal_replicas
 from solvers.touch.replica_serve import MAX_RANKS
 

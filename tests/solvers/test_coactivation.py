@@ -21,7 +21,8 @@ from solvers.balance.load import rank_load_LR
 from solvers.result import SolveResult
 from solvers.touch.anneal import touched
 from solvers.touch.caps import load_draws
-from solvers.touch.coactivation import capacity_bound, solve_coactivation
+from solvers.touch.coactivation import solve_coactivation
+from solvers.touch.objective import capacity_bound
 from traces.trace import RoutingTrace
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -21,7 +21,7 @@ from solvers.portfolio import solve_portfolio
 from solvers.registry import SOLVERS, run_solver
 from solvers.score import goal_of, score
 from solvers.stages import STAGES, Stage, stages_for
-from solvers.touch.coactivation import slots_of_ranks
+from solvers.touch.layer import slots_of_ranks
 
 LINEAR = Stage(solver="linear", kind="baseline")
 LPT = Stage(solver="lpt", kind="baseline")

@@ -16,7 +16,7 @@ from solvers.bounds.closed_form import closed_form
 from solvers.registry import run_solver
 from solvers.result import SolveResult
 from solvers.score import Goal, goal_of, repeats, score
-from solvers.touch.coactivation import node_price, touch_objective
+from solvers.touch.objective import node_price, touch_objective
 
 TRACE = random_trace(0, experts=8, layers=3)
 
