@@ -18,7 +18,10 @@ __all__ = ["SOLVERS", "SolverInfo", "run_solver"]
 @dataclass(frozen=True, slots=True)
 class SolverInfo:
     """Where a solver lives, one line about it, which of the optional arguments it takes, whether `coherent` mode may
-    relabel its ranks, and whether it places redundant slots."""
+    relabel its ranks, whether it places redundant slots, and whether it is a baseline.
+
+    Baselines stand for what others do: they may leave the load cap unmet, and EPLB may repeat an expert on a rank.
+    """
 
     module: str
     function: str
@@ -26,23 +29,40 @@ class SolverInfo:
     takes: tuple[str, ...] = ()
     align: bool = True
     replicas: bool = True
+    baseline: bool = False
 
 
 SOLVERS: dict[str, SolverInfo] = {
     "linear": SolverInfo(
-        "solvers.balance.simple", "solve_linear", "experts by index, contiguous blocks (engines' default)", align=False
+        "solvers.balance.simple",
+        "solve_linear",
+        "experts by index, contiguous blocks (engines' default)",
+        align=False,
+        baseline=True,
     ),
-    "round_robin": SolverInfo("solvers.balance.simple", "solve_round_robin", "expert e on rank e mod R", align=False),
-    "eplb": SolverInfo("solvers.balance.eplb", "solve_eplb", "DeepSeek's EPLB rules, global", align=False),
+    "round_robin": SolverInfo(
+        "solvers.balance.simple", "solve_round_robin", "expert e on rank e mod R", align=False, baseline=True
+    ),
+    "eplb": SolverInfo(
+        "solvers.balance.eplb", "solve_eplb", "DeepSeek's EPLB rules, global", align=False, baseline=True
+    ),
     "eplb_hierarchical": SolverInfo(
-        "solvers.balance.eplb", "solve_eplb_hierarchical", "DeepSeek's EPLB rules, nodes first", align=False
+        "solvers.balance.eplb",
+        "solve_eplb_hierarchical",
+        "DeepSeek's EPLB rules, nodes first",
+        align=False,
+        baseline=True,
     ),
     "lpt": SolverInfo("solvers.balance.lpt", "solve_lpt", "load only: LPT, swaps, re-replication", ("seed",)),
     "risk": SolverInfo(
         "solvers.balance.risk", "solve_risk", "load under drift: mean + z std over windows, LPT and swaps", ("seed",)
     ),
     "lplb": SolverInfo(
-        "solvers.balance.split", "solve_lplb", "EPLB's placement, replica shares by LPLB's linear program", align=False
+        "solvers.balance.split",
+        "solve_lplb",
+        "EPLB's placement, replica shares by LPLB's linear program",
+        align=False,
+        baseline=True,
     ),
     "coactivation": SolverInfo(
         "solvers.touch.coactivation",
@@ -71,6 +91,7 @@ SOLVERS: dict[str, SolverInfo] = {
         "MoETuner's two ILPs (small models)",
         ("time_limit_s",),
         replicas=False,
+        baseline=True,
     ),
     "exflow": SolverInfo(
         "solvers.papers.exflow",
@@ -79,6 +100,7 @@ SOLVERS: dict[str, SolverInfo] = {
         ("seed", "time_limit_s", "start_LP"),
         align=False,
         replicas=False,
+        baseline=True,
     ),
     "exflow_staged": SolverInfo(
         "solvers.papers.exflow",
@@ -87,6 +109,7 @@ SOLVERS: dict[str, SolverInfo] = {
         ("seed", "time_limit_s", "start_LP"),
         align=False,
         replicas=False,
+        baseline=True,
     ),
     "sem_moe": SolverInfo(
         "solvers.papers.sem_moe",
@@ -95,6 +118,7 @@ SOLVERS: dict[str, SolverInfo] = {
         ("seed",),
         align=False,
         replicas=False,
+        baseline=True,
     ),
     "blocks": SolverInfo(
         "solvers.exact.blocks",

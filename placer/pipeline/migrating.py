@@ -47,7 +47,9 @@ def towards(
     if problem.allow_empty_slots:
         current, result = _one_width(current, result)
         assert result.slot_expert_LP is not None
-    changed = _relabelled(problem, current, result, seed) if SOLVERS[result.solver].align else result
+    # the plan given may itself be the answer
+    ours = result.solver in SOLVERS and not SOLVERS[result.solver].baseline
+    changed = _relabelled(problem, current, result, seed) if ours else result
     limited = settings.max_moved_gib is not None or settings.max_moved_layers is not None
     target_LP = changed.slot_expert_LP
     assert target_LP is not None

@@ -27,18 +27,8 @@ from traces.trace import RoutingTrace
 __all__ = ["BASELINES", "DEFAULT_CAP", "Solved", "judge", "make_plan", "solve"]
 
 DEFAULT_CAP = 1.10
-BASELINES = (
-    "linear",
-    "round_robin",
-    "eplb",
-    "eplb_hierarchical",
-    "lplb",
-    "moetuner",
-    "exflow",
-    "exflow_staged",
-    "sem_moe",
-)
-"""Solvers that stand for what others do: they may leave the load cap unmet, and EPLB may repeat an expert on a rank."""
+BASELINES = tuple(name for name, info in SOLVERS.items() if info.baseline)
+"""Solvers whose plans are shown as they are, even where they break a rule that they do not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
