@@ -21,25 +21,49 @@ from traces.profile_store import save_profile
 from traces.store import save_trace
 from traces.synthetic import synthesize
 
-__all__ = ["OBJECTIVES", "SMALL_TRACE", "Case", "Source", "cases_of", "prepare", "problem_of", "shape_case"]
+__all__ = [
+    "DEEPSEEK",
+    "EXAMPLES",
+    "GPTOSS",
+    "OBJECTIVES",
+    "SMALL_TRACE",
+    "SYNTHETIC",
+    "Case",
+    "Source",
+    "cases_of",
+    "prepare",
+    "problem_of",
+    "shape_case",
+    "synthetic",
+]
 
 Objective = Literal["touched", "cut", "par"]
 OBJECTIVES: dict[Objective, DispatchMode] = {"touched": "per_rank", "cut": "coherent", "par": "per_expert"}
 """What is minimised and the dispatch mode that makes it matter. touched: mean ranks a token touches in a layer. cut:
 share of a token's (expert, next layer's expert) pairs that lie on two ranks, 1 - kept. par: max / mean rank load."""
 
-SMALL_TRACE = Path(__file__).resolve().parents[1] / "small_moe" / "trace.safetensors"
+EXAMPLES = Path(__file__).resolve().parents[1]
+SMALL_TRACE, GPTOSS, DEEPSEEK = (
+    "small_moe/trace.safetensors",
+    "gptoss20b/mmlu.npz",
+    "deepseekv3_load/expert_workload.json",
+)
 WARM_SHAPE = {"num_tokens": 400, "num_requests": 8, "seed": 1}
 SYNTHETIC = {"num_tokens": 20_000, "num_requests": 200, "seed": 7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where the routing comes from: arguments of `synthesize`, or a file (with a preset's name where it needs one)."""
+    """Where the routing comes from: arguments of `synthesize`, or a file (with a preset's name where it needs one).
+
+    `file` lies under the folder of examples, or that of the developers' traces where `shipped` is False: results name
+    no folder of one machine.
+    """
 
     name: str
     synthetic: dict[str, Any] = field(default_factory=dict)
     file: str = ""
+    shipped: bool = True
     model: str = ""
 
 
@@ -61,8 +85,9 @@ class Case:
         return f"{self.source.name} {self.cluster}{spare} {self.objective}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as a job carries it."""
-        return asdict(self)
+        """Plain data, the same before and after JSON: rows are found again by it."""
+        data = asdict(self)
+        return {**data, "ilp_s": list(self.ilp_s)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Case":
@@ -84,7 +109,7 @@ def shape_case(layers: int, experts: int, cluster: str, *, redundant: int, limit
 
 def cases_of(suite: str, data: Path | None) -> list[Case]:
     """The cases of a suite, "quick" or "full"; those on the developers' traces where `data` has the files."""
-    shipped = Source(name="small_moe", file=str(SMALL_TRACE))
+    shipped = Source(name="small_moe", file=SMALL_TRACE)
     if suite == "quick":
         tiny = synthetic(4, 16, 2, num_tokens=4_000, num_requests=40)
         quick = [
@@ -100,16 +125,16 @@ def cases_of(suite: str, data: Path | None) -> list[Case]:
         Case(source=shipped, cluster="node8", objective="touched", redundant=8),
         Case(source=shipped, cluster="node4", objective="touched"),
     ]
-    if data is not None and (data / "gptoss20b" / "mmlu.npz").is_file():
-        gptoss = Source(name="gpt-oss-20b", file=str(data / "gptoss20b" / "mmlu.npz"), model="gpt-oss-20b")
+    if data is not None and (data / GPTOSS).is_file():
+        gptoss = Source(name="gpt-oss-20b", file=GPTOSS, shipped=False, model="gpt-oss-20b")
         cases += [
             Case(source=gptoss, cluster="node8", objective="touched", ilp_s=(10, 60)),
             Case(source=gptoss, cluster="node8", objective="cut", ilp_s=(10, 60)),
             Case(source=gptoss, cluster="node8", objective="touched", redundant=8),
             Case(source=gptoss, cluster="node4", objective="touched"),
         ]
-    if data is not None and (data / "deepseekv3_load" / "expert_workload.json").is_file():
-        counts = Source(name="DeepSeek-V3 load", file=str(data / "deepseekv3_load" / "expert_workload.json"))
+    if data is not None and (data / DEEPSEEK).is_file():
+        counts = Source(name="DeepSeek-V3 load", file=DEEPSEEK, shipped=False)
         cases.append(Case(source=counts, cluster="8x8", objective="par", redundant=64))
     mixtral, small, middle, large = (
         synthetic(32, 8, 2),
@@ -133,15 +158,18 @@ def cases_of(suite: str, data: Path | None) -> list[Case]:
     ]
 
 
-def prepare(source: Source, folder: Path) -> None:
-    """Writes plan.profile, warm.profile and, for traces, judge.trace into `folder`; halves are split by request."""
+def prepare(source: Source, folder: Path, data: Path) -> None:
+    """Writes plan.profile, warm.profile and, for traces, judge.trace into `folder`; halves are split by request.
+
+    `data` is the folder of the developers' traces.
+    """
     settings = Settings().profile
     top_k = source.synthetic.get("top_k", 2)
     warm = profile_of(synthesize(num_layers=2, num_experts=16, top_k=top_k, **WARM_SHAPE), settings)
     if source.synthetic:
         whole = synthesize(**source.synthetic)
     else:
-        whole = open_source(Path(source.file), MODELS.get(source.model))
+        whole = open_source((EXAMPLES if source.shipped else data) / source.file, MODELS.get(source.model))
     if isinstance(whole, LoadCounts):
         save_profile(profile_of(whole, settings), folder / "plan.profile")
         warm = without_pairs(warm)

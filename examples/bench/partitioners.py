@@ -33,8 +33,8 @@ TOOLS = {"metis": "pymetis", "kahip": "kahip", "mtkahypar": "mtkahypar"}
 
 IMBALANCE = 0.03
 CUT_SWEEPS, TOUCH_SWEEPS = 4, 4
-MANY_VERTICES = 4_096
-"""Above so many vertices KaHIP runs `fast` instead of `eco` and Mt-KaHyPar `default` instead of `quality`."""
+ECO_VERTICES, QUALITY_VERTICES, ECO_PARTS = 4_096, 4_096, 16
+"""Beyond these KaHIP runs `fast` instead of `eco`, and Mt-KaHyPar `default` instead of `quality`."""
 
 
 def available(tool: str) -> bool:
@@ -150,7 +150,7 @@ def _kahip(vertices: int, edge_M2: IntArray, weight_M: IntArray, parts: int, see
     import kahip
 
     first_V, head, weight = _both_ways(vertices, edge_M2, weight_M)
-    how = kahip.FAST if vertices > MANY_VERTICES else kahip.ECO
+    how = kahip.FAST if vertices > ECO_VERTICES or parts > ECO_PARTS else kahip.ECO
     graph = ([1] * vertices, first_V.tolist(), weight.tolist(), head.tolist())
     _, part_V = kahip.kaffpa(*graph, parts, IMBALANCE, True, seed, how)
     return np.asarray(part_V, dtype=np.int64)
@@ -161,7 +161,7 @@ def _mtkahypar_context(vertices: int, parts: int, objective: str, seed: int) -> 
 
     library = mtkahypar.initialize(1, False)
     mtkahypar.set_seed(seed)
-    preset = mtkahypar.PresetType.DEFAULT if vertices > MANY_VERTICES else mtkahypar.PresetType.QUALITY
+    preset = mtkahypar.PresetType.DEFAULT if vertices > QUALITY_VERTICES else mtkahypar.PresetType.QUALITY
     context = library.context_from_preset(preset)
     context.set_partitioning_parameters(parts, IMBALANCE, getattr(mtkahypar.Objective, objective))
     context.logging = False

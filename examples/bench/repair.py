@@ -185,6 +185,8 @@ def polish_cut(
 @njit(cache=True)
 def _fits(load_R: FloatArray, here: int, there: int, shift: float, limit: float) -> bool:  # pragma: no cover - compiled
     """May `shift` tokens of load go from rank `here` to rank `there`: whichever gets busier stays within the limit."""
+    if shift == 0:
+        return True
     return load_R[there] + shift <= limit if shift > 0 else load_R[here] - shift <= limit
 
 

@@ -55,7 +55,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{about['machine']}. Objective and bound on the planning half: mean ranks touched, cut (1 - kept) or PAR; "
         "gap to the case's best bound, for plans under its load cap; unseen: the same objective on the other half. "
-        f"s: wall seconds, {about['clock']}. MiB: peak of the process, interpreter and libraries included.",
+        f"Wall and processor seconds: {about['clock']}. MiB: peak of the process, interpreter and libraries included.",
     ]
     return "\n".join(lines)
 
@@ -72,12 +72,9 @@ def _figures(row: dict[str, Any], bound: float | None) -> list[str]:
         unseen = 1 - unseen
     figures = [_number(objective), _number(row.get("bound")), gap, _number(unseen)]
     figures += [_number(judged.get(key)) for key in ("par", "par_window_mean", "par_window_p99")]
-    seconds, memory = row.get("seconds"), row.get("peak_mib")
-    return [
-        *figures,
-        "-" if seconds is None else f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}",
-        "-" if memory is None else f"{memory:.0f}",
-    ]
+    memory = row.get("peak_mib")
+    figures += [_seconds(row.get("seconds")), _seconds(row.get("cpu_seconds"))]
+    return [*figures, "-" if memory is None else f"{memory:.0f}"]
 
 
 def _end(row: dict[str, Any]) -> str:
@@ -91,6 +88,10 @@ def _end(row: dict[str, Any]) -> str:
     if row["status"] != "solved":
         words.append(row["message"].split(";")[0].replace("|", "/")[:80])
     return ", ".join(word for word in words if word)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def _number(value: float | None) -> str:

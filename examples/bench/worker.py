@@ -192,7 +192,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     case = Case.from_dict(job["case"])
     if job["kind"] == "prepare":
-        prepare(case.source, Path(job["folder"]))
+        prepare(case.source, Path(job["folder"]), Path(job["data"]))
         done: dict[str, Any] = {"status": "prepared"}
     else:
         done = solve_job(job)
