@@ -29,6 +29,7 @@ __all__ = [
     "SMALL_TRACE",
     "SYNTHETIC",
     "Case",
+    "Objective",
     "Source",
     "cases_of",
     "prepare",
