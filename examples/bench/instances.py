@@ -124,7 +124,7 @@ def cases_of(suite: str, data: Path | None) -> list[Case]:
         Case(source=shipped, cluster="node8", objective="touched", ilp_s=(10,)),
         Case(source=shipped, cluster="node8", objective="cut", ilp_s=(10,)),
         Case(source=shipped, cluster="node8", objective="touched", redundant=8),
-        Case(source=shipped, cluster="node4", objective="touched"),
+        Case(source=shipped, cluster="node4", objective="touched", limit_s=5),
     ]
     if data is not None and (data / GPTOSS).is_file():
         gptoss = Source(name="gpt-oss-20b", file=GPTOSS, shipped=False, model="gpt-oss-20b")
@@ -132,7 +132,7 @@ def cases_of(suite: str, data: Path | None) -> list[Case]:
             Case(source=gptoss, cluster="node8", objective="touched", ilp_s=(10, 60)),
             Case(source=gptoss, cluster="node8", objective="cut", ilp_s=(10, 60)),
             Case(source=gptoss, cluster="node8", objective="touched", redundant=8),
-            Case(source=gptoss, cluster="node4", objective="touched"),
+            Case(source=gptoss, cluster="node4", objective="touched", limit_s=5),
         ]
     if data is not None and (data / DEEPSEEK).is_file():
         counts = Source(name="DeepSeek-V3 load", file=DEEPSEEK, shipped=False)
@@ -146,15 +146,15 @@ def cases_of(suite: str, data: Path | None) -> list[Case]:
     # one node for cuts, so that every method minimises the same: across nodes some price the nodes as well
     return [
         *cases,
-        Case(source=mixtral, cluster="node4", objective="touched", ilp_s=(10, 60)),
-        Case(source=mixtral, cluster="node4", objective="cut", ilp_s=(10, 60)),
+        Case(source=mixtral, cluster="node4", objective="touched", limit_s=5, ilp_s=(10, 60)),
+        Case(source=mixtral, cluster="node4", objective="cut", limit_s=5, ilp_s=(10, 60)),
         Case(source=small, cluster="node8", objective="touched", ilp_s=(10, 60)),
         Case(source=small, cluster="node8", objective="cut", ilp_s=(10, 60)),
-        Case(source=middle, cluster="2x8", objective="touched", limit_s=20),
-        Case(source=middle, cluster="node16", objective="cut", limit_s=20),
+        Case(source=middle, cluster="2x8", objective="touched", limit_s=15),
+        Case(source=middle, cluster="node16", objective="cut", limit_s=15),
         Case(source=middle, cluster="2x8", objective="par", redundant=16),
-        Case(source=large, cluster="8x8", objective="touched", limit_s=20),
-        Case(source=large, cluster="node64", objective="cut", limit_s=20),
+        Case(source=large, cluster="8x8", objective="touched", limit_s=15),
+        Case(source=large, cluster="node64", objective="cut", limit_s=15),
         Case(source=large, cluster="8x8", objective="par", redundant=64),
     ]
 

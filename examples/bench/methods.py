@@ -12,10 +12,10 @@ ALL = ("touched", "cut", "par")
 SUITS: dict[str, tuple[str, ...]] = {
     "linear": ALL,
     "round_robin": ("par",),
-    "eplb": ALL,
-    "eplb_hierarchical": ALL,
+    "eplb": ("touched", "par"),
+    "eplb_hierarchical": ("touched", "par"),
     "lpt": ALL,
-    "risk": ("par", "touched"),
+    "risk": ("par",),
     "coactivation": ("touched",),
     "replicated": ("touched",),
     "blocks": ("touched",),
