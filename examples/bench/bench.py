@@ -157,7 +157,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with gptoss20b/ and deepseekv3_load/ (not shipped)")
     parser.add_argument("--only", default="", metavar="NAME", help="rows with NAME in their case or method")
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--fresh", action="store_true", help="run again what RESULT.json has")
+    parser.add_argument(
+        "--fresh", action="store_true", help="run again what RESULT.json has; without --only, forget it"
+    )
     given = parser.parse_args()
     output = given.output or Path(f"bench-{given.suite}.json")
     cases = cases_of(given.suite, given.data)
@@ -170,6 +172,8 @@ def main() -> None:
         if given.suite == "full" and not any(case.source.file == file for case in cases):
             print(f"skipped: {file}; give --data FOLDER that has it", file=sys.stderr)
     print(*(f"left out: {line}" for line in LEFT_OUT), sep="\n", file=sys.stderr)
+    if given.fresh and not given.only:
+        output.unlink(missing_ok=True)
     started = time.perf_counter()
     try:
         result = run_bench(jobs, output, about_run(given.suite), data=given.data, fresh=given.fresh)
