@@ -20,6 +20,7 @@ from repair import layer_limits, members, polish_cut, polish_touched, repair_cou
 from placer.core.errors import DependencyError, UsageError
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
+from solvers.balance.load import mean_par, rank_load_LR
 from solvers.result import SolveResult
 
 __all__ = ["TOOLS", "available", "solve_by_partition"]
@@ -33,6 +34,9 @@ TOOLS = {"metis": "pymetis", "kahip": "kahip", "mtkahypar": "mtkahypar"}
 
 IMBALANCE = 0.03
 CUT_SWEEPS, TOUCH_SWEEPS = 4, 4
+CAP_TRIES, CAP_STEP = 4, 1.5
+"""Where mean PAR ends above the cap, repair starts again from the blocks with a cap lower by CAP_STEP times that."""
+
 ECO_VERTICES, QUALITY_VERTICES, ECO_PARTS = 4_096, 4_096, 16
 """Beyond these KaHIP runs `fast` instead of `eco`, and Mt-KaHyPar `default` instead of `quality`."""
 
@@ -54,56 +58,79 @@ def solve_by_partition(problem: PlacementProblem, tool: str, *, seed: int = 0) -
     profile, ranks = problem.profile, problem.cluster.num_ranks
     if problem.redundant:
         raise UsageError(f"{tool} places no replicas and redundant is {problem.redundant}; use --redundant 0")
+    if problem.mode == "coherent" and profile.transition_LEE is None:
+        raise UsageError("the profile has no transitions between layers; give a per-token trace")
+    if problem.mode != "coherent" and not profile.sets:
+        raise UsageError("the profile has load counts only, no expert sets; give a per-token trace")
     started = time.perf_counter()
-    limit_L = layer_limits(profile.load_LE, ranks, problem.max_par)
-    if problem.mode == "coherent":
-        if profile.transition_LEE is None:
-            raise UsageError("the profile has no transitions between layers; give a per-token trace")
-        rank_LE = _whole_chain(problem, tool, limit_L, seed)
-    else:
-        if not profile.sets:
-            raise UsageError("the profile has load counts only, no expert sets; give a per-token trace")
-        rank_LE = np.stack([_one_layer(problem, tool, layer, limit_L[layer], seed) for layer in range(len(limit_L))])
+    blocks_LE = _chain_blocks(problem, tool, seed) if problem.mode == "coherent" else _layer_blocks(problem, tool, seed)
+    finish = _finish_chain if problem.mode == "coherent" else _finish_layers
+    cap = problem.max_par
+    for _ in range(CAP_TRIES):
+        slots_LP = finish(problem, blocks_LE, layer_limits(profile.load_LE, ranks, cap))
+        above = mean_par(rank_load_LR(profile.load_LE, slots_LP, ranks)) - (problem.max_par or np.inf)
+        if cap is None or above <= 0:
+            break
+        # repair of load ended above the limit in some layers: the others make up for it
+        cap = max(1.0, cap - CAP_STEP * above)
     return SolveResult(
         solver=tool,
         status="solved",
         stopped_by="effort",
-        slot_expert_LP=canonical_slots(np.argsort(rank_LE, axis=1, kind="stable"), ranks),
+        slot_expert_LP=slots_LP,
         seconds=time.perf_counter() - started,
     )
 
 
-def _one_layer(problem: PlacementProblem, tool: str, layer: int, limit: float, seed: int) -> IntArray:
-    """Rank of each expert of one layer for few ranks touched, (E,)."""
+def _layer_blocks(problem: PlacementProblem, tool: str, seed: int) -> IntArray:
+    """Block of each expert, every layer by itself: few ranks touched by its sets, or few pairs apart, (L, E)."""
     profile, ranks = problem.profile, problem.cluster.num_ranks
-    experts, sets = profile.model.num_experts, profile.sets[layer]
+    experts = profile.model.num_experts
     assert profile.coactivation_LEE is not None
-    pair_EE = np.asarray(profile.coactivation_LEE[layer], dtype=np.float64)
-    if tool == "mtkahypar":
-        rank_E = _mtkahypar_sets(ranks, experts, sets.expert_HK, sets.weight_H, seed)
-    else:
+    rows = []
+    for pair_EE, sets in zip(profile.coactivation_LEE, profile.sets, strict=True):
+        if tool == "mtkahypar":
+            rows.append(_mtkahypar_sets(ranks, experts, sets.expert_HK, sets.weight_H, seed))
+            continue
         edge_M2 = np.argwhere(np.triu(pair_EE, 1) > 0)
-        weight_M = pair_EE[edge_M2[:, 0], edge_M2[:, 1]].astype(np.int64)
-        rank_E = PARTITION[tool](experts, edge_M2, weight_M, ranks, seed)
-    value_ER, load_E = np.zeros((experts, ranks)), profile.load_LE[layer].astype(np.float64)
-    rank_E = repair_counts(rank_E, value_ER, pair_EE)
-    rank_E = repair_load(rank_E, value_ER, pair_EE, load_E, limit)
-    first_E, set_I = members(sets.expert_HK, experts)
-    expert_HK, weight_H = np.array(sets.expert_HK), np.array(sets.weight_H)
-    return np.asarray(polish_touched(rank_E, expert_HK, weight_H, first_E, set_I, ranks, load_E, limit, TOUCH_SWEEPS))
+        weight_M = np.asarray(pair_EE)[edge_M2[:, 0], edge_M2[:, 1]].astype(np.int64)
+        rows.append(PARTITION[tool](experts, edge_M2, weight_M, ranks, seed))
+    return np.stack(rows)
 
 
-def _whole_chain(problem: PlacementProblem, tool: str, limit_L: FloatArray, seed: int) -> IntArray:
-    """Rank of each expert of each layer for a small cut, (L, E)."""
-    profile, ranks = problem.profile, problem.cluster.num_ranks
-    assert profile.transition_LEE is not None
-    layers, experts = profile.model.num_sites, profile.model.num_experts
-    where_M3 = np.argwhere(profile.transition_LEE > 0)
-    weight_M = np.asarray(profile.transition_LEE)[tuple(where_M3.T)].astype(np.int64)
+def _chain_blocks(problem: PlacementProblem, tool: str, seed: int) -> IntArray:
+    """Block of each expert in one partition of all layers and their transitions, (L, E)."""
+    flow_LEE, layers, experts = _flow(problem), problem.profile.model.num_sites, problem.profile.model.num_experts
+    where_M3 = np.argwhere(flow_LEE > 0)
+    weight_M = flow_LEE[tuple(where_M3.T)].astype(np.int64)
     edge_M2 = np.stack((where_M3[:, 0] * experts + where_M3[:, 1], (where_M3[:, 0] + 1) * experts + where_M3[:, 2]), 1)
-    rank_LE = PARTITION[tool](layers * experts, edge_M2, weight_M, ranks, seed).reshape(layers, experts)
-    flow_LEE = np.asarray(profile.transition_LEE, dtype=np.float64)
-    load_LE, no_pairs_EE = profile.load_LE.astype(np.float64), np.zeros((experts, experts))
+    part_V = PARTITION[tool](layers * experts, edge_M2, weight_M, problem.cluster.num_ranks, seed)
+    return part_V.reshape(layers, experts)
+
+
+def _finish_layers(problem: PlacementProblem, blocks_LE: IntArray, limit_L: FloatArray) -> IntArray:
+    """Slots after repair by pairs and polish by sets, layer by layer, (L, P)."""
+    profile, ranks = problem.profile, problem.cluster.num_ranks
+    experts = profile.model.num_experts
+    assert profile.coactivation_LEE is not None
+    value_ER, rank_LE = np.zeros((experts, ranks)), blocks_LE.copy()
+    for layer, sets in enumerate(profile.sets):
+        pair_EE = np.asarray(profile.coactivation_LEE[layer], dtype=np.float64)
+        load_E, limit = profile.load_LE[layer].astype(np.float64), limit_L[layer]
+        rank_E = repair_counts(blocks_LE[layer], value_ER, pair_EE)
+        rank_E = repair_load(rank_E, value_ER, pair_EE, load_E, limit)
+        first_E, set_I = members(sets.expert_HK, experts)
+        expert_HK, weight_H = np.array(sets.expert_HK), np.array(sets.weight_H)
+        rank_LE[layer] = polish_touched(rank_E, expert_HK, weight_H, first_E, set_I, ranks, load_E, limit, TOUCH_SWEEPS)
+    return _slots(rank_LE, ranks)
+
+
+def _finish_chain(problem: PlacementProblem, blocks_LE: IntArray, limit_L: FloatArray) -> IntArray:
+    """Slots after repair beside the neighbouring layers, then sweeps of polish over the chain, (L, P)."""
+    ranks, flow_LEE = problem.cluster.num_ranks, _flow(problem)
+    layers, experts = blocks_LE.shape
+    load_LE, no_pairs_EE = problem.profile.load_LE.astype(np.float64), np.zeros((experts, experts))
+    rank_LE = blocks_LE.copy()
     for layer in range(layers):
         value_ER = _value(flow_LEE, rank_LE, layer, ranks)
         rank_E = repair_counts(rank_LE[layer], value_ER, no_pairs_EE)
@@ -115,7 +142,15 @@ def _whole_chain(problem: PlacementProblem, tool: str, limit_L: FloatArray, seed
             rank_LE[layer] = polish_cut(rank_LE[layer], value_ER, load_LE[layer], limit_L[layer])
         if np.array_equal(before_LE, rank_LE):
             break
-    return rank_LE
+    return _slots(rank_LE, ranks)
+
+
+def _slots(rank_LE: IntArray, ranks: int) -> IntArray:
+    return canonical_slots(np.argsort(rank_LE, axis=1, kind="stable"), ranks)
+
+
+def _flow(problem: PlacementProblem) -> FloatArray:
+    return np.asarray(problem.profile.transition_LEE, dtype=np.float64)
 
 
 def _value(flow_LEE: FloatArray, rank_LE: IntArray, layer: int, ranks: int) -> FloatArray:
