@@ -24,7 +24,7 @@ from solvers.interrupts import interruptible
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
-from solvers.touch.layer import better, candidate, prepare, rank_of_expert, slots_of_ranks
+from solvers.touch.layer import PAIRED_EXPERTS, better, candidate, prepare, rank_of_expert, slots_of_ranks
 from solvers.touch.objective import node_price, touch_objective
 
 __all__ = ["solve_coactivation"]
@@ -39,8 +39,8 @@ REFINE_FACTORS = (0.75, 1.0, 1.33)
 WINDOW_FACTORS = (0.0, 1.0)
 """In the first pass, what a unit of window PAR is worth against one of PAR: nothing, or as much."""
 
-PAIR_VALUE, PAIRED_EXPERTS = 0.45, 64
-"""Layers of so many experts start from an annealing on pairs alone, which looks at no sets and so costs little."""
+PAIR_VALUE = 0.45
+"""Ranks that a pair together saves, while only pairs are looked at."""
 
 DRAWS, WINDOWS, MOST_LOADS = 32, 48, 6_000
 """The search sees so many draws and windows, fewer where E times their number would be above MOST_LOADS."""

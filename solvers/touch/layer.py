@@ -15,13 +15,18 @@ from placer.core.profile import ExpertSets
 from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.frontier import Candidate
 
-__all__ = ["TouchLayer", "better", "candidate", "prepare", "rank_of_expert", "slots_of_ranks"]
+__all__ = ["PAIRED_EXPERTS", "TouchLayer", "better", "candidate", "prepare", "rank_of_expert", "slots_of_ranks"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 VISITS_PER_LAYER = 8e8
 PAIR_STEPS = 6_000
+HOT, WARM, COLD = 0.24, 0.03, 0.008
+"""First temperature, that for layers which start from an annealing on pairs, and the last; in units of one exchange."""
+
+PAIRED_EXPERTS = 64
+"""Layers of so many experts start from an annealing on pairs alone, which looks at no sets and so costs little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,14 @@ def better(
 ) -> IntArray:
     """A better placement of one layer at these prices of PAR and of window PAR; on pairs alone with a `pair_value`."""
     experts, top_k = problem.profile.model.num_experts, item.sets.expert_HK.shape[1]
-    # one exchange changes the sets of two experts: that is the natural unit of temperature
-    unit = item.tokens * top_k / experts * (1 + node_weight)
+    # one exchange changes the sets of two experts: that is the natural unit of temperature; on pairs, it changes an
+    # expert's company
+    unit, hot, cold = item.tokens * top_k / experts * (1 + node_weight), HOT, COLD
+    if pair_value > 0:
+        company = max(1, len(begin_E) // problem.cluster.num_ranks - 1)
+        unit, hot, cold = pair_value * float(np.sort(item.pair_EE, axis=1)[:, -company:].sum(axis=1).mean()), 0.3, 0.01
+    elif experts >= PAIRED_EXPERTS:
+        hot = WARM
     windows = item.draw_EB.shape[1] - item.draws
     price_B = np.repeat([prices[0] / item.draws, prices[1] / max(1, windows)], [item.draws, windows]) * item.tokens
     speed_R = problem.cluster.speed_R
@@ -128,8 +139,8 @@ def better(
         node_weight,
         pair_value,
         PAIR_STEPS * experts if pair_value > 0 else max(1_000, int(item.steps * share)),
-        0.24 * unit,
-        0.008 * unit,
+        hot * unit,
+        cold * unit,
         rng,
     )
     return found_E[:experts]
