@@ -25,6 +25,7 @@ from solvers.result import SolveResult, StoppedBy
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
 from solvers.touch.layer import PAIRED_EXPERTS, better, candidate, prepare, rank_of_expert, slots_of_ranks
+from solvers.touch.nodes import gather_in_nodes
 from solvers.touch.objective import node_price, touch_objective
 
 __all__ = ["solve_coactivation"]
@@ -107,21 +108,23 @@ def solve_coactivation(
     cap_window = problem.max_window_par if problem.max_window_par is not None else np.inf
     objective_name, bound = touch_objective(problem)
     stopped_by: StoppedBy = "effort"
+    paired = profile.model.num_experts >= PAIRED_EXPERTS
     factors = WINDOW_FACTORS if np.isfinite(cap_window) else WINDOW_FACTORS[:1]
     scan = [(price, price * factor) for price in SCAN_PRICES for factor in factors if np.isfinite(cap)]
     scan += [(0.0, price) for price in SCAN_PRICES if np.isfinite(cap_window) and not scan]
-    if profile.model.num_experts >= PAIRED_EXPERTS:
+    if paired:
         scan = [prices for prices in (scan or [(0.0, 0.0)]) if prices[0] in (0.0, SCAN_PRICES[1], SCAN_PRICES[3])]
     total = layers * (len(scan) + (len(REFINE_FACTORS) if scan else 1))
     done = 0
     with interruptible() as interrupt:
         for phase in ("scan", "refine"):
-            share, steps = 0.04, scan
+            # large layers try far more exchanges than they look at
+            share, steps = 0.3 if paired else 0.04, scan
             if phase == "refine":
                 par_price, window_price = implied_prices(pools, cap, cap_window)
                 free = par_price <= 0 and window_price <= 0
                 steps = [(par_price * f, window_price * f) for f in ((0.0,) if free else REFINE_FACTORS)]
-                share = 0.8 if free else 0.27
+                share = 0.8 if free or paired else 0.27
             for index, prices in enumerate(steps):
                 chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
                 if _cost(chosen) <= bound / (1 - gap) and _meets(chosen, cap, cap_seen, cap_window):
@@ -134,8 +137,9 @@ def solve_coactivation(
                     begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
                     rng = np.random.default_rng([seed, phase == "refine", index, layer])
                     begin_E, room_R = begin.placement, None if room_LR is None else room_LR[layer]
-                    if phase == "scan" and profile.model.num_experts >= PAIRED_EXPERTS:
+                    if phase == "scan" and paired:
                         begin_E = better(problem, item, begin_E, room_R, 0.0, prices, PAIR_VALUE, share, rng)
+                        begin_E = gather_in_nodes(problem, item, begin_E, rng)
                     found_E = better(problem, item, begin_E, room_R, node_weight, prices, 0.0, share, rng)
                     pools[layer].append(candidate(problem, item, found_E, node_weight))
                     done += 1
@@ -144,12 +148,18 @@ def solve_coactivation(
     if interrupt.happened:
         stopped_by = "interrupt"
     chosen = cheapest_under_caps(pools, cap, cap_seen, cap_window)
-    rank_LE = np.stack([candidate.placement for candidate in chosen])
-    objective = _cost(chosen)
+    rank_LE = np.stack(
+        [
+            gather_in_nodes(problem, item, one.placement, np.random.default_rng(seed))
+            for item, one in zip(prepared, chosen, strict=True)
+        ]
+    )
+    gathered = zip(prepared, rank_LE, strict=True)
+    objective = _cost([candidate(problem, item, rank_E, node_weight) for item, rank_E in gathered])
     if progress:
         progress(total, total)
     message = promise(chosen, cap_seen, len(profile.load_FLE))
-    window = float(np.mean([candidate.window for candidate in chosen]))
+    window = float(np.mean([one.window for one in chosen]))
     if window > cap_window + 1e-9:
         message += (
             f"; mean PAR in windows is {window:.3f}, above its cap {cap_window:g}: no placement found that meets it"
@@ -169,9 +179,9 @@ def solve_coactivation(
 
 
 def _meets(chosen: list[Candidate], cap: float, cap_seen: float, cap_window: float) -> bool:
-    means = np.mean([(candidate.par_seen, candidate.par, candidate.window) for candidate in chosen], axis=0)
+    means = np.mean([(one.par_seen, one.par, one.window) for one in chosen], axis=0)
     return bool((means <= np.array([cap_seen, cap, cap_window]) + 1e-9).all())
 
 
 def _cost(chosen: list[Candidate]) -> float:
-    return float(np.mean([candidate.touched for candidate in chosen]))
+    return float(np.mean([one.touched for one in chosen]))

@@ -21,8 +21,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 VISITS_PER_LAYER = 8e8
-PAIR_STEPS = 6_000
-HOT, WARM, COLD = 0.24, 0.03, 0.008
+PAIR_STEPS = 1_000
+HOT, WARM, COLD = 0.24, 0.08, 0.008
 """First temperature, that for layers which start from an annealing on pairs, and the last; in units of one exchange."""
 
 PAIRED_EXPERTS = 64

@@ -1,5 +1,6 @@
 """Co-activation search: exact objective, caps, optimality on tiny cases, planted clusters, determinism, bad input."""
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ from solvers.result import SolveResult
 from solvers.touch.anneal import touched
 from solvers.touch.caps import load_draws
 from solvers.touch.coactivation import solve_coactivation
+from solvers.touch.layer import prepare
+from solvers.touch.nodes import gather_in_nodes
 from solvers.touch.objective import capacity_bound
 from traces.trace import RoutingTrace
 
@@ -221,3 +224,25 @@ def test_a_cap_on_windows_makes_windows_more_even_or_is_said_to_be_unmet(seed: i
 
     assert window_par(tight) <= 1.2 + 1e-9 or "windows" in tight.message
     assert window_par(tight) <= window_par(loose) + 1e-9 or window_par(loose) <= 1.2 + 1e-9
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_gathering_groups_in_nodes_changes_nothing_but_nodes(seed: int) -> None:
+    problem = problem_of(random_trace(seed, experts=12, top_k=3), 6, nodes=3)
+    rng = np.random.default_rng(seed)
+    draws = np.ones((12, 1))
+    item = prepare(problem, 0, draws, 1, draws, draws)
+    rank_E = rng.permutation(np.repeat(np.arange(6), 2))
+    found_E = gather_in_nodes(problem, item, rank_E, rng)
+    assert np.array_equal(found_E[:, None] == found_E, rank_E[:, None] == rank_E), "the same groups"
+    assert sorted(found_E) == sorted(rank_E)
+    node_R, sets = problem.cluster.node_R, problem.profile.sets[0]
+    before, after = (touched(sets.expert_HK, sets.weight_H, node_R[one_E], 3) for one_E in (rank_E, found_E))
+    best = min(
+        touched(sets.expert_HK, sets.weight_H, node_R[np.array(labels)[rank_E]], 3)
+        for labels in itertools.permutations(range(6))
+    )
+    assert best <= after <= before
+    if len(sets.expert_HK) > 20:
+        assert after <= best + 0.1 * (before - best) + 0.02 * sets.weight_H.sum()

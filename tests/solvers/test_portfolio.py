@@ -277,7 +277,7 @@ def test_a_search_that_is_interrupted_hands_on_what_it_found(monkeypatch: pytest
     import solvers.touch.coactivation as coactivation
 
     calls = itertools.count()
-    real = coactivation._anneal
+    real = coactivation.better
 
     def interrupted(*arguments: Any) -> Any:
         if next(calls) == 2:
@@ -287,7 +287,7 @@ def test_a_search_that_is_interrupted_hands_on_what_it_found(monkeypatch: pytest
     problem = problem_of(random_trace(0, experts=12, layers=3), 4)
     use(monkeypatch, *FAST)
     baselines = min(score(problem, run_solver(n, problem).slot_expert_LP).objective for n in ("linear", "eplb", "lpt"))  # type: ignore[arg-type]
-    monkeypatch.setattr(coactivation, "_anneal", interrupted)
+    monkeypatch.setattr(coactivation, "better", interrupted)
     result = solve_portfolio(problem)
     assert (result.solver, result.stopped_by) == ("coactivation", "interrupt")
     assert result.objective is not None
