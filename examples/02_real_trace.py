@@ -36,6 +36,7 @@ from traces.hf_config import MODELS
 from traces.trace import RoutingTrace
 
 CAPS = (1.03, 1.05, 1.10, 1.12, 1.15, 1.20)
+REPLICA_CAPS = (1.03, 1.10)
 BOUND_CAPS = (1.05, 1.10, float("inf"))
 WINDOWS = {"": "balanced", ", no window cap": None}
 Row = dict[str, float]
@@ -77,7 +78,8 @@ def wanted(spare: int) -> list[tuple[str, str, float, str | None]]:
         ("lpt", "lpt", 1.10, None),
     ]
     for suffix, windows in WINDOWS.items():
-        rows += [(f"placer, max-par {cap:g}{suffix}", search, cap, windows) for cap in CAPS]
+        caps = REPLICA_CAPS if spare else CAPS
+        rows += [(f"placer, max-par {cap:g}{suffix}", search, cap, windows) for cap in caps]
     return [*rows, ("placer, no cap", search, float("inf"), None)]
 
 

@@ -25,14 +25,16 @@ SUITS: dict[str, tuple[str, ...]] = {
     "chain": ("cut",),
     "exflow": ("cut",),
     "moetuner": ("cut",),
+    "exflow_staged": ("cut",),
+    "lplb": ("par",),
 }
 """Objectives a solver is meant for; one that is not named here runs on all and may refuse, which its row then says."""
 
-ILPS = ("cpsat", "exflow", "moetuner")
+ILPS = ("cpsat", "exflow", "exflow_staged", "moetuner")
 """They run where a case gives them limits, once for each: on larger models they find nothing in a minute."""
 
 NEEDS_REPLICAS, NEEDS_NODES = ("replicated",), ("eplb_hierarchical",)
-ONE_COPY = ("coactivation", "blocks", "cpsat", "sem_moe", "affinity", "chain", "exflow", "moetuner")
+ONE_COPY = ("coactivation", "blocks", "cpsat", "sem_moe", "affinity", "chain", "exflow", "exflow_staged", "moetuner")
 
 LEFT_OUT = ("Qwen3 co-activation (JSON): the files hold the top pairs only, which is neither a load nor a set",)
 

@@ -96,7 +96,9 @@ def test_per_node_mode_groups_by_node_too() -> None:
     trace = random_trace(5, experts=16, top_k=3, tokens=2000)
     by_rank = solve(trace, problem_of(trace, 8, nodes=2).cluster, mode="per_rank", max_par=None)
     by_node = solve(trace, problem_of(trace, 8, nodes=2).cluster, mode="per_node", max_par=None)
-    assert by_node.evaluation.nodes_touched < by_rank.evaluation.nodes_touched
+    balanced = solve(trace, problem_of(trace, 8, nodes=2).cluster, mode="per_node", solver="lpt", max_par=None)
+    # where ranks alone count, their groups are gathered in nodes all the same, which is free
+    assert by_node.evaluation.nodes_touched <= by_rank.evaluation.nodes_touched < balanced.evaluation.nodes_touched
     assert by_node.result.objective_name.endswith("nodes_touched")
 
 
