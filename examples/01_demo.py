@@ -24,7 +24,7 @@ from traces.hf_config import MODELS
 from traces.store import load_trace
 
 HERE = Path(__file__).resolve().parent
-SOLVERS = {"linear": "linear", "eplb": "eplb", "placer": "coactivation"}
+SOLVERS = {"linear": "linear", "eplb": "eplb", "placer": "auto"}
 
 
 def main(folder: Path) -> None:
@@ -51,6 +51,12 @@ def main(folder: Path) -> None:
 
     best = plans["placer"]
     print(f"placer on the planning half: {best.result.message}")
+    found, bound = best.result.objective, best.result.bound
+    assert found is not None
+    assert bound is not None
+    left, cap = 100 * (1 - bound / found), best.problem.max_par
+    print(f"it touches {found:.3f} ranks a token there; no placement with PAR <= {cap:g} touches fewer than")
+    print(f"{bound:.3f} ({best.result.bound_by}): at most {left:.1f} % are left to gain")
     best.plan.save(folder / "plan.json")
     timelines = []
     for name, solved in plans.items():

@@ -28,8 +28,6 @@ FIRST_STEPS = (1.01, 1.03, 1.06, 1.1, 1.15, 1.22, 1.3, 1.45, 1.7, 2.0, 2.5)
 REFINEMENTS = 6
 PRICE_FACTORS = (1.0, 0.6, 1.6)
 MOST_COLUMNS = 1500
-MOST_INTEGER_S = 4.0
-"""What is not proven in this time is rarely proven in ten times as much."""
 MOST_PRICE = 64.0
 
 
@@ -170,7 +168,7 @@ def search_blocks(
         late |= share_s < 0.02
         if share_s >= 0.02:
             _, threshold, _ = layer.cheapest_step(price)
-            proven += layer.integer(threshold, min(share_s, MOST_INTEGER_S), seed)
+            proven += layer.integer(threshold, share_s, seed)
     cap = np.inf if max_par is None else max_par
     chosen = cheapest_under_caps([layer.pool for layer in state], cap, cap)
     price_LME, threshold_LM = _steps(state)

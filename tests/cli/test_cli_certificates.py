@@ -41,7 +41,7 @@ def test_what_solve_writes_check_verifies(mode: str) -> None:
 
 def test_a_bound_from_inside_a_back_end_is_said_to_leave_none() -> None:
     """An exact solver's own bound closes the gap; the file holds the weaker one that anybody can verify."""
-    options = ("--max-par", "inf", "-o", "plan.json", "--certificate", "proof")
+    options = ("--solver", "cpsat", "--max-par", "inf", "-o", "plan.json", "--certificate", "proof")
     outcome = placer("solve", TRACE, *CLUSTER, *options, "--json")
     data = json.loads(outcome.out)
     assert (data["stopped_by"], data["gap"]) == ("optimal", 0.0)
