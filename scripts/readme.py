@@ -11,6 +11,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("placer", "sim", "solvers", "traces", "examples")
+REPLICAS = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8_redundant8.json"
 VALIDATION = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8.json"
 
 
@@ -41,21 +42,44 @@ def demo() -> str:
 def real_trace() -> str:
     """The committed run of examples/02_real_trace.py as a table."""
     rows = json.loads(VALIDATION.read_text(encoding="utf-8"))["rows"]
-    columns = ("ranks touched", "PAR", "PAR window mean", "PAR window p99", "cpu s")
+    columns = ("ranks touched", "PAR", "PAR window mean", "PAR window p99", "iteration us", "cpu s")
     lines = [
         "| plan | " + " | ".join(columns) + " | ranks, split 0 | PAR, split 0 |",
         "|---" * (len(columns) + 3) + "|",
     ]
     for name, row in rows.items():
-        cells = [f"{np.mean(row[column]):.3f}" for column in columns[:-1]] + [f"{np.mean(row['cpu s']):.1f}"]
+        cells = [f"{np.mean(row[column]):.3f}" for column in columns[:-2]]
+        cells += [f"{np.mean(row['iteration us']):,.0f}", f"{np.mean(row['cpu s']):.1f}"]
         cells += [f"{row['ranks touched'][0]:.3f}", f"{row['PAR'][0]:.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bounds() -> str:
+    """What the run proved about the planning half of the first split."""
+    rows = json.loads(VALIDATION.read_text(encoding="utf-8"))["bounds"]
+    lines = ["| max-par on the requests planned on | ranks touched, found | proven least | gap |", "|---|---|---|---|"]
+    for cap, row in rows.items():
+        name = "none" if cap == "inf" else cap
+        lines.append(f"| {name} | {row['found']:.3f} | {row['proven']:.3f} | {100 * row['gap']:.2f} % |")
+    return "\n".join(lines)
+
+
+def replicas() -> str:
+    """The committed run with redundant slots."""
+    data = json.loads(REPLICAS.read_text(encoding="utf-8"))
+    columns = ("ranks touched", "PAR", "PAR window mean", "PAR window p99", "iteration us")
+    lines = ["| plan | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in data["rows"].items():
+        cells = [f"{np.mean(row[column]):.3f}" for column in columns[:-1]] + [f"{np.mean(row['iteration us']):,.0f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def updated(readme: str) -> str:
     """The README with its blocks filled."""
-    for name, block in (("demo", demo()), ("gptoss", real_trace()), ("tree", tree())):
+    blocks = {"demo": demo(), "gptoss": real_trace(), "bounds": bounds(), "replicas": replicas(), "tree": tree()}
+    for name, block in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(start)
         readme = f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"

@@ -6,6 +6,7 @@ searches seconds to minutes; CP-SAT proves 16 experts and top-2 in a second and 
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from math import comb
 from typing import Literal
@@ -17,7 +18,7 @@ from solvers.score import GoalKind, goal_of
 __all__ = ["STAGES", "Stage", "stages_for"]
 
 ALL: tuple[GoalKind, ...] = ("ranks", "nodes", "cut", "hops", "par")
-ANY_SIZE = 10**12
+ANY_SIZE = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +36,9 @@ class Stage:
     share: float = 1.0
     goals: tuple[GoalKind, ...] = ALL
     slots: Literal["single", "redundant", "any"] = "any"
-    most_experts: int = ANY_SIZE
-    most_ranks: int = ANY_SIZE
-    most_groups: int = ANY_SIZE
+    most_experts: float = ANY_SIZE
+    most_ranks: float = ANY_SIZE
+    most_groups: float = ANY_SIZE
 
 
 TOUCH: tuple[GoalKind, ...] = ("ranks", "nodes")

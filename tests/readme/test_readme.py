@@ -59,6 +59,12 @@ def test_the_measured_part_of_the_tour(tour: Path) -> None:
     assert "Prediction error" in printed[1]
 
 
+def test_the_proof_of_the_tour_is_verified_and_the_next_plan_says_what_moves(tour: Path) -> None:
+    printed = run_block(BLOCKS[2], tour)
+    assert "verified on this trace" in printed[1]
+    assert "moved from the plan given" in printed[2]
+
+
 def test_the_python_example_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None

@@ -83,6 +83,15 @@ def test_never_worse_than_any_stage_that_may_replace_it(seed: int, mode: str, ca
         assert check(problem, make_plan(problem, result, seed)) == []
 
 
+@pytest.mark.parametrize(("experts", "ranks", "redundant"), [(128, 16, 0), (384, 64, 64), (512, 32, 0)])
+def test_no_size_is_without_stages(experts: int, ranks: int, redundant: int) -> None:
+    """comb(128, 8) is above 10^12: a limit that stood for "any" once left such problems without a single solver."""
+    problem = counts_problem(np.ones((1, experts)), ranks, redundant=redundant)
+    names = [stage.solver for stage in stages_for(problem)]
+    assert {"linear", "eplb", "lpt"} <= set(names)
+    assert run_solver("auto", problem).slot_expert_LP is not None
+
+
 def test_on_tiny_problems_it_is_optimal_and_says_so() -> None:
     """CP-SAT ends the gap; the brute force agrees."""
     problem = problem_of(random_trace(3, experts=6), 3)
