@@ -125,7 +125,9 @@ class RoutingRecorder:
         if tokens is None or len(tokens.shape) < 2:
             raise UsageError("the recorded model was called without input_ids or inputs_embeds (batch, tokens)")
         batch, length = int(tokens.shape[0]), int(tokens.shape[1])
-        past = past_length(kwargs.get("past_key_values"))
+        # transformers 5.24 calls it cache, earlier ones past_key_values
+        kept = kwargs.get("past_key_values")
+        past = past_length(kwargs.get("cache") if kept is None else kept)
         if not past or len(self._requests_B) != batch:
             self._requests_B = np.arange(self._next_request, self._next_request + batch, dtype=np.int32)
             self._next_request += batch

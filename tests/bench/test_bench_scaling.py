@@ -50,7 +50,7 @@ def test_a_point_that_fails_or_hits_the_limit_has_no_seconds(monkeypatch: pytest
 
 
 def test_methods_of_the_study_run_on_their_objective() -> None:
-    trace = synthesize(num_layers=1, num_experts=8, top_k=2, num_tokens=300, num_requests=8, seed=0)
+    trace = synthesize(num_layers=2, num_experts=8, top_k=2, num_tokens=300, num_requests=8, seed=0)
     profile = summarize(trace, threads=1)
     for name in scaling.METHODS:
         if name == "summarize" or name in scaling.SOLVERS:
