@@ -126,7 +126,7 @@ def main() -> None:
         for name, run in runs.items():
             for key, value in run.items():
                 results.setdefault(name, {}).setdefault(key, []).append(value)
-        if split == 0:
+        if split == 0 and not given.redundant:
             proven = bounds(profile, given.cluster, given.bound_time)
     columns = tuple(next(iter(results.values())))
     rows = tuple((name, *(float(np.mean(row[c])) for c in columns), row["ranks touched"][0], row["PAR"][0])

@@ -11,6 +11,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("placer", "sim", "solvers", "traces", "examples")
+REPLICAS = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8_redundant8.json"
 VALIDATION = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8.json"
 
 
@@ -64,9 +65,20 @@ def bounds() -> str:
     return "\n".join(lines)
 
 
+def replicas() -> str:
+    """The committed run with redundant slots."""
+    rows = json.loads(REPLICAS.read_text(encoding="utf-8"))["rows"]
+    columns = ("ranks touched", "PAR", "PAR window mean", "PAR window p99", "iteration us")
+    lines = ["| plan | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{np.mean(row[column]):.3f}" for column in columns[:-1]] + [f"{np.mean(row['iteration us']):,.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def updated(readme: str) -> str:
     """The README with its blocks filled."""
-    blocks = {"demo": demo(), "gptoss": real_trace(), "bounds": bounds(), "tree": tree()}
+    blocks = {"demo": demo(), "gptoss": real_trace(), "bounds": bounds(), "replicas": replicas(), "tree": tree()}
     for name, block in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(start)
