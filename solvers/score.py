@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.evaluate import par
-from placer.core.evaluate_profile import distinct
+from placer.core.evaluate_profile import serve_layer
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
-from placer.core.replicas import LayerSlots, layer_slots, serve_sets, served_share
+from placer.core.replicas import LayerSlots, layer_slots
 from solvers.touch.anneal import touched
 from solvers.touch.objective import node_price
 
@@ -101,8 +101,9 @@ def score(
         slots = layer_slots(row, experts, ranks, cluster.ranks_per_node, given)
         share_P = slots.share_P
         if (slots.count_E > 1).any() and profile.sets:
-            cost, share_P = _served(problem, slots, profile.sets[layer], goal.node_weight)
-            costs.append(cost)
+            served = serve_layer(slots, problem.replica_choice, profile.sets[layer].split_heavy())
+            share_P = served.share_P
+            costs.append((served.ranks + goal.node_weight * served.nodes) / max(1, served.tokens))
         elif touch:
             costs.append(_touched(slots, profile.sets[layer], cluster.nodes, goal.node_weight))
         used = row >= 0
@@ -133,20 +134,6 @@ def _touched(slots: LayerSlots, sets: ExpertSets, nodes: int, node_weight: float
     if node_weight > 0:
         cost += node_weight * float(touched(sets.expert_HK, sets.weight_H, slots.node_R[rank_E], nodes))
     return cost / max(1, int(sets.weight_H[(sets.expert_HK >= 0).any(axis=1)].sum()))
-
-
-def _served(
-    problem: PlacementProblem, slots: LayerSlots, sets: ExpertSets, node_weight: float
-) -> tuple[float, FloatArray]:
-    """The same with replicas, and the share of its expert's tokens that each slot serves, (P,)."""
-    split = sets.split_heavy()
-    slot_HK = serve_sets(slots, problem.replica_choice, split.expert_HK)
-    rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
-    cost = float(distinct(rank_HK) @ split.weight_H)
-    if node_weight > 0:
-        cost += node_weight * float(distinct(np.where(rank_HK >= 0, slots.node_R[rank_HK], -1)) @ split.weight_H)
-    tokens = int(split.weight_H[(slot_HK >= 0).any(axis=1)].sum())
-    return cost / max(1, tokens), served_share(slots, slot_HK, split.weight_H)
 
 
 def _cut(problem: PlacementProblem, share_LRE: FloatArray, node_weight: float) -> float:

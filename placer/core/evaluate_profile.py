@@ -4,17 +4,19 @@ Legend: L sites, H expert sets, E experts, P slots, R ranks, W windows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import MismatchError
 from placer.core.evaluate import par
+from placer.core.modes import ReplicaChoice
 from placer.core.plan import Plan
-from placer.core.profile import Profile
-from placer.core.replicas import layer_slots, serve_sets, served_share
+from placer.core.profile import ExpertSets, Profile
+from placer.core.replicas import LayerSlots, layer_slots, serve_sets, served_share
 
-__all__ = ["ProfileEvaluation", "distinct", "evaluate_profile"]
+__all__ = ["ProfileEvaluation", "ServedSets", "distinct", "evaluate_profile", "serve_layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +55,13 @@ def evaluate_profile(plan: Plan, profile: Profile, speed_R: npt.NDArray[np.float
         slots = layer_slots(row, experts, ranks, plan.ranks_per_node, given)
         share_P = slots.share_P
         if profile.sets:
-            sets = profile.sets[layer].split_heavy()
-            slot_HK = serve_sets(slots, plan.replica_choice, sets.expert_HK)
-            share_P = served_share(slots, slot_HK, sets.weight_H)
-            rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
-            node_HK = np.where(slot_HK >= 0, slots.node_R[rank_HK], -1)
+            served = serve_layer(slots, plan.replica_choice, profile.sets[layer].split_heavy())
+            share_P = served.share_P
             # a layer whose sets are a sample counts as all of its tokens
-            weight_H = sets.weight_H / (sets.coverage or 1.0)
-            touched += float(distinct(rank_HK) @ weight_H)
-            nodes += float(distinct(node_HK) @ weight_H)
-            tokens += float(weight_H[(slot_HK >= 0).any(axis=1)].sum())
+            whole = profile.sets[layer].coverage or 1.0
+            touched += served.ranks / whole
+            nodes += served.nodes / whole
+            tokens += served.tokens / whole
         used = row >= 0
         np.add.at(share_LRE[layer], (slots.rank_P[used], row[used]), share_P[used])
     load_WLR = np.einsum("wle,lre->wlr", profile.load_WLE.astype(np.float64), share_LRE, optimize=True)
@@ -81,6 +80,31 @@ def evaluate_profile(plan: Plan, profile: Profile, speed_R: npt.NDArray[np.float
         par_window_mean=float(windows.mean()),
         par_window_p99=float(np.quantile(windows, 0.99)),
         kept=kept,
+    )
+
+
+class ServedSets(NamedTuple):
+    """Totals over the sets of one layer: ranks and nodes touched, tokens served; share_P as `served_share` has it."""
+
+    ranks: int
+    nodes: int
+    tokens: int
+    share_P: npt.NDArray[np.float64]
+
+
+def serve_layer(slots: LayerSlots, choice: ReplicaChoice, sets: ExpertSets) -> ServedSets:
+    """What a layer does to its expert sets, replicas chosen as `choice` does without knowing source ranks.
+
+    Whatever draws needs light sets: give `split_heavy()` ones where experts have replicas.
+    """
+    slot_HK = serve_sets(slots, choice, sets.expert_HK)
+    rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
+    node_HK = np.where(slot_HK >= 0, slots.node_R[rank_HK], -1)
+    return ServedSets(
+        ranks=int(distinct(rank_HK) @ sets.weight_H),
+        nodes=int(distinct(node_HK) @ sets.weight_H),
+        tokens=int(sets.weight_H[(slot_HK >= 0).any(axis=1)].sum()),
+        share_P=served_share(slots, slot_HK, sets.weight_H),
     )
 
 

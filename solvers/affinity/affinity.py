@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from placer.core.certificates import Certificate
 from placer.core.errors import UsageError
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.affinity.chain import Chain
 from solvers.affinity.search import BLOCKS, Incumbent, anneal_cycle, start_chain
 from solvers.bounds.transition import MOST_ROUNDS, TransitionBound
+from solvers.ranks import rank_of_expert, slots_of_ranks
 from solvers.result import SolveResult, StoppedBy
 from solvers.score import HOPS
 from solvers.touch.caps import refuse_impossible_cap
@@ -73,7 +73,7 @@ def solve_affinity(
     chain = Chain.of(problem, weight, seed)
     best = Incumbent(chain, chain.relabel(chain.balanced_LE))
     if start_LP is not None and start_LP.shape == (layers, problem.num_slots):
-        best.offer(np.argsort(start_LP, axis=1) // problem.slots_per_rank)
+        best.offer(rank_of_expert(start_LP, ranks, problem.profile.model.num_experts))
     run = _Run(problem, chain, best, seed, started, time_limit_s, gap, progress)
     stopped_by: StoppedBy
     try:
@@ -88,7 +88,7 @@ def solve_affinity(
         solver="affinity",
         status="solved",
         stopped_by=stopped_by,
-        slot_expert_LP=canonical_slots(np.argsort(best.rank_LE, axis=1, kind="stable"), ranks),
+        slot_expert_LP=slots_of_ranks(best.rank_LE, ranks),
         objective_name="cut" if weight == 0 else f"cut + {weight:.3g} * cut_nodes",
         objective=best.cut,
         bound=bound,

@@ -12,6 +12,7 @@ from placer.core.problem import PlacementProblem
 from solvers.affinity.assign import assign
 from solvers.affinity.chain_start import gain_of_layer, kept_flow
 from solvers.balance.lpt import lpt_slots
+from solvers.ranks import rank_of_expert
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws
 
 __all__ = ["Chain"]
@@ -44,7 +45,7 @@ class Chain:
         assert profile.transition_LEE is not None
         flow_LEE = profile.transition_LEE.astype(np.float64)
         slots_LP = lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed)
-        balanced_LE = np.argsort(slots_LP, axis=1) // problem.slots_per_rank
+        balanced_LE = rank_of_expert(slots_LP, ranks, profile.model.num_experts)
         capped = problem.max_par is not None and problem.slots_per_rank > 1
         draws_LEB = load_draws(profile.load_FLE, JUDGE_DRAWS if capped else 1, seed + 1, spread=JUDGE_SPREAD)
         share_LE = _shares(profile.load_LE.astype(np.float64)[:, :, None], ranks)[:, :, 0]

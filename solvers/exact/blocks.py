@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from placer.core.certificates import Certificate, verify
 from placer.core.errors import SolverError, UsageError
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.balance.lpt import lpt_slots
 from solvers.exact.blocks_model import MOST_EXPERTS
 from solvers.exact.blocks_search import BlocksAnswer, BlocksLayer, search_blocks
 from solvers.exact.isolate import IsolationTimeoutError, run_isolated
+from solvers.ranks import rank_of_expert, slots_of_ranks
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.caps import refuse_impossible_cap
 
@@ -67,7 +67,7 @@ def solve_blocks(
     start = lpt_slots(profile.load_LE, problem.num_slots, ranks, seed=seed)
     if start_LP is not None and start_LP.shape == start.shape:
         start = start_LP
-    start_LE = np.argsort(start, axis=1) // problem.slots_per_rank
+    start_LE = rank_of_expert(start, ranks, profile.model.num_experts)
     pairs = zip(profile.sets, profile.load_LE, strict=True)
     layers = [BlocksLayer(sets.expert_HK, sets.weight_H, load_E) for sets, load_E in pairs]
     arguments = (layers, ranks, problem.max_par, start_LE, time_limit_s, seed)
@@ -94,12 +94,11 @@ def _result(problem: PlacementProblem, answer: BlocksAnswer, started: float) -> 
     bound = min(verify(problem, draft), answer.objective)
     layers = len(answer.rank_LE)
     optimal = answer.proven_layers == layers or answer.objective <= bound * (1 + 1e-9)
-    order_LE = np.argsort(answer.rank_LE, axis=1, kind="stable").astype(np.int64)
     return SolveResult(
         solver=NAME,
         status="solved",
         stopped_by="optimal" if optimal else "time_limit" if answer.stopped_by_time else "effort",
-        slot_expert_LP=canonical_slots(order_LE, problem.cluster.num_ranks),
+        slot_expert_LP=slots_of_ranks(answer.rank_LE, problem.cluster.num_ranks),
         objective_name="ranks_touched",
         objective=answer.objective,
         # integer programs prove more than the LP, but leave nothing that could be verified without a solver

@@ -7,13 +7,11 @@ Legend: L routing sites, E logical experts, P slots, R ranks.
 
 import time
 
-import numpy as np
-
 from placer.core.errors import SolverError, UsageError
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.exact.cpsat_model import CpsatAnswer, LayerModel, search_layers
 from solvers.exact.isolate import IsolationTimeoutError, run_isolated
+from solvers.ranks import slots_of_ranks
 from solvers.result import SolveResult, Status, StoppedBy
 
 __all__ = ["solve_cpsat"]
@@ -82,12 +80,11 @@ def _result(problem: PlacementProblem, answer: CpsatAnswer, started: float) -> S
         return _without_placement("error", "time_limit", message, started)
     if answer.rank_LE is None:
         return _without_placement("error", "error", answer.state, started)
-    order_LE = np.argsort(answer.rank_LE, axis=1, kind="stable").astype(np.int64)
     return SolveResult(
         solver=NAME,
         status="solved",
         stopped_by="optimal" if answer.proven else "time_limit",
-        slot_expert_LP=canonical_slots(order_LE, problem.cluster.num_ranks),
+        slot_expert_LP=slots_of_ranks(answer.rank_LE, problem.cluster.num_ranks),
         objective_name="ranks_touched" if problem.profile.sets else "par",
         objective=answer.objective,
         bound=answer.bound,

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.evaluate import par
-from placer.core.evaluate_profile import distinct
+from placer.core.evaluate_profile import serve_layer
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
-from placer.core.replicas import layer_slots, serve_sets, served_share
+from placer.core.replicas import layer_slots
 from solvers.touch.anneal import touched
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, load_draws
 from solvers.touch.objective import node_price, touch_objective
@@ -50,24 +50,18 @@ class LayerJudge:
         """The verdict on one row of slots; -1 is an empty slot."""
         cluster, experts = self.problem.cluster, self.problem.profile.model.num_experts
         slots = layer_slots(row_P, experts, cluster.num_ranks, cluster.ranks_per_node)
-        share_P, replicated = slots.share_P, bool((slots.count_E > 1).any())
+        replicated = bool((slots.count_E > 1).any())
         used = row_P >= 0
         equal_ER = np.zeros((experts, cluster.num_ranks))
-        np.add.at(equal_ER, (row_P[used], slots.rank_P[used]), share_P[used])
+        np.add.at(equal_ER, (row_P[used], slots.rank_P[used]), slots.share_P[used])
         cost, share_ER = 0.0, equal_ER
         if self.sets is not None and replicated:
             if self.light_sets is None:
                 self.light_sets = self.sets.split_heavy()
-            sets = self.light_sets
-            slot_HK = serve_sets(slots, self.problem.replica_choice, sets.expert_HK)
-            share_P = served_share(slots, slot_HK, sets.weight_H)
+            served = serve_layer(slots, self.problem.replica_choice, self.light_sets)
             share_ER = np.zeros_like(equal_ER)
-            np.add.at(share_ER, (row_P[used], slots.rank_P[used]), share_P[used])
-            rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
-            cost = float(distinct(rank_HK) @ sets.weight_H)
-            if self.node_weight > 0:
-                nodes = np.where(rank_HK >= 0, slots.node_R[rank_HK], -1)
-                cost += self.node_weight * float(distinct(nodes) @ sets.weight_H)
+            np.add.at(share_ER, (row_P[used], slots.rank_P[used]), served.share_P[used])
+            cost = served.ranks + self.node_weight * served.nodes
         elif self.sets is not None and self.locality:
             rank_E = slots.rank_P[slots.slot_EN[:, 0]]
             cost = touched(self.sets.expert_HK, self.sets.weight_H, rank_E, cluster.num_ranks)

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import SolverError, UsageError
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from solvers.exact.isolate import IsolationTimeoutError, run_isolated
 from solvers.papers.exflow_model import Backend, Form, Settings, Terms, cut_of
 from solvers.papers.exflow_stages import StagesAnswer, increments_of, largest_program, mean_hops, search_stages
+from solvers.ranks import rank_of_expert, slots_of_ranks
 from solvers.result import SolveResult, StoppedBy
 
 __all__ = ["solve_exflow", "solve_exflow_staged"]
@@ -126,7 +126,7 @@ def solve_exflow(
         solver=NAME,
         status="solved",
         stopped_by="optimal" if cost == answer.bound else ended,
-        slot_expert_LP=canonical_slots(np.argsort(rank_LE, axis=1, kind="stable").astype(np.int64), ranks),
+        slot_expert_LP=slots_of_ranks(rank_LE, ranks),
         objective_name="cut",
         objective=cost / total,
         bound=min(answer.bound, cost) / total,
@@ -187,5 +187,4 @@ def _check(problem: PlacementProblem, backend: Backend, form: Form, increments: 
 def _rank_LE(start_LP: IntArray, by_index_LP: IntArray, ranks: int) -> IntArray:
     if not np.array_equal(np.sort(start_LP, axis=1), by_index_LP):
         raise UsageError("start_LP does not hold every expert once in each layer; give a placement without replicas")
-    rank_LE: IntArray = np.argsort(start_LP, axis=1) // (by_index_LP.shape[1] // ranks)
-    return rank_LE
+    return rank_of_expert(start_LP, ranks, by_index_LP.shape[1])

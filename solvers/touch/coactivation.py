@@ -21,10 +21,11 @@ from placer.core.errors import UsageError
 from placer.core.problem import PlacementProblem
 from solvers.balance.lpt import lpt_slots
 from solvers.interrupts import interruptible
+from solvers.ranks import rank_of_expert, slots_of_ranks
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, NEAR_FLOOR, load_draws, promise, refuse_impossible_cap
 from solvers.touch.frontier import Candidate, cheapest_under_caps, implied_prices
-from solvers.touch.layer import PAIRED_EXPERTS, better, candidate, prepare, rank_of_expert, slots_of_ranks
+from solvers.touch.layer import PAIRED_EXPERTS, better, candidate, prepare
 from solvers.touch.nodes import gather_in_nodes
 from solvers.touch.objective import node_price, touch_objective
 

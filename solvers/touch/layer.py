@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.evaluate import par
-from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.profile import ExpertSets
 from solvers.touch.anneal import anneal_layer, incidence, pair_weights, touched
 from solvers.touch.frontier import Candidate
 
-__all__ = ["PAIRED_EXPERTS", "TouchLayer", "better", "candidate", "prepare", "rank_of_expert", "slots_of_ranks"]
+__all__ = ["PAIRED_EXPERTS", "TouchLayer", "better", "candidate", "prepare"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -144,24 +143,3 @@ def better(
         rng,
     )
     return found_E[:experts]
-
-
-def slots_of_ranks(rank_LE: IntArray, num_ranks: int, width: int | None = None) -> IntArray:
-    """slot_expert_LP of a placement given as the rank of each expert, equal counts per rank.
-
-    With `width` counts may differ: every rank has so many slots, and -1 in those it does not use.
-    """
-    order_LE = np.argsort(rank_LE, axis=1, kind="stable")
-    if width is None:
-        return canonical_slots(order_LE, num_ranks)
-    slots = np.full((len(rank_LE), num_ranks, width), -1, dtype=np.int64)
-    for layer, (rank_E, order_E) in enumerate(zip(rank_LE, order_LE, strict=True)):
-        ranks = rank_E[order_E]
-        slots[layer, ranks, np.arange(len(ranks)) - np.searchsorted(ranks, ranks)] = order_E
-    return slots.reshape(len(rank_LE), -1)
-
-
-def rank_of_expert(slots_LP: IntArray, num_ranks: int, experts: int) -> IntArray:
-    """Rank of each expert of a placement without replicas, (L, E)."""
-    # empty slots (-1) come first
-    return np.argsort(slots_LP, axis=1, kind="stable")[:, -experts:] // (slots_LP.shape[1] // num_ranks)

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from placer.core.errors import UsageError
 from placer.core.evaluate import par
-from placer.core.evaluate_profile import distinct
+from placer.core.evaluate_profile import serve_layer
 from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
-from placer.core.replicas import layer_slots, serve_sets, served_share
+from placer.core.replicas import layer_slots
 from solvers.balance.lpt import lpt_slots
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import incidence
@@ -85,16 +85,13 @@ class _Layer:
 
     def judge(self, row_P: IntArray, share_P: FloatArray) -> Candidate:
         """The candidate that a row of slots is: its cost, and its PAR on draws and as seen."""
-        cluster, sets = self.problem.cluster, self.split
+        cluster = self.problem.cluster
         slots = layer_slots(row_P, self.experts, cluster.num_ranks, cluster.ranks_per_node, share_P)
-        slot_HK = serve_sets(slots, self.problem.replica_choice, sets.expert_HK)
+        served = serve_layer(slots, self.problem.replica_choice, self.split)
         share_ER = np.zeros((self.experts, cluster.num_ranks))
-        np.add.at(share_ER, (row_P, slots.rank_P), served_share(slots, slot_HK, sets.weight_H))
-        rank_HK = np.where(slot_HK >= 0, slots.rank_P[slot_HK], -1)
-        ranks = distinct(rank_HK) @ sets.weight_H
-        nodes = distinct(np.where(rank_HK >= 0, slots.node_R[rank_HK], -1)) @ sets.weight_H
+        np.add.at(share_ER, (row_P, slots.rank_P), served.share_P)
         return Candidate(
-            touched=float(ranks + self.node_weight * nodes) / self.tokens,
+            touched=(served.ranks + self.node_weight * served.nodes) / self.tokens,
             par=float(par(self.judge_EB.T @ share_ER).mean()),
             par_seen=float(par(self.load_E @ share_ER)),
             placement=np.stack([row_P.astype(np.float64), share_P]),  # experts, shares

@@ -18,10 +18,10 @@ from placer.core.problem import PlacementProblem
 from placer.pipeline import make_plan
 from solvers import stages
 from solvers.portfolio import solve_portfolio
+from solvers.ranks import slots_of_ranks
 from solvers.registry import SOLVERS, run_solver
 from solvers.score import goal_of, score
 from solvers.stages import STAGES, Stage, stages_for
-from solvers.touch.layer import slots_of_ranks
 
 LINEAR = Stage(solver="linear", kind="baseline")
 LPT = Stage(solver="lpt", kind="baseline")
