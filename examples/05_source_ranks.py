@@ -22,10 +22,11 @@ from placer.core.homes import first_tokens, request_tokens, request_touch
 from placer.core.plan import Plan
 from placer.pipeline import judge, open_trace, solve
 from placer.report.tables import DataTable, render
-from solvers.affinity.align_homes import align_for_homes, relabel_ranks
+from solvers.affinity.align_homes import align_for_homes
 from solvers.affinity.homes import assign_homes
 from solvers.affinity.predict import touch_from_prefix, touch_from_tag
 from solvers.affinity.prefix_model import fit_prefix_model
+from solvers.ranks import relabel_ranks
 from traces.hf_config import MODELS
 from traces.trace import RoutingTrace
 

@@ -1,14 +1,16 @@
-"""Placements without replicas as the rank of each expert, and back to slots: what searches work on.
+"""Placements in the forms that searches work on: the rank of each expert, and blocks of slots under other labels.
 
 Legend: L layers, E experts, P slots, R ranks.
 """
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.plan import canonical_slots
 
-__all__ = ["rank_of_expert", "slots_of_ranks"]
+__all__ = ["rank_of_expert", "relabel_ranks", "slots_of_ranks"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -32,3 +34,10 @@ def rank_of_expert(slots_LP: IntArray, num_ranks: int, experts: int) -> IntArray
     """Rank of each expert of a placement without replicas, (L, E)."""
     # empty slots (-1) come first
     return np.argsort(slots_LP, axis=1, kind="stable")[:, -experts:] // (slots_LP.shape[1] // num_ranks)
+
+
+def relabel_ranks(array_LP: npt.NDArray[Any], order_LR: IntArray) -> npt.NDArray[Any]:
+    """Slots, or shares of slots, with the block of old rank order[l, r] on rank r of layer l, (L, P)."""
+    layers, ranks = order_LR.shape
+    blocks = array_LP.reshape(layers, ranks, -1)
+    return np.take_along_axis(blocks, order_LR[:, :, None], axis=1).reshape(array_LP.shape)

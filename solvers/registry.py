@@ -174,7 +174,12 @@ def run_solver(
     transitions = problem.profile.transition_LEE
     if problem.mode == "coherent" and info.align and result.slot_expert_LP is not None and transitions is not None:
         align_ranks = import_module("solvers.affinity.relabel").align_ranks
-        aligned = align_ranks(result.slot_expert_LP, transitions, problem.cluster.num_ranks)
-        if result.replica_share_LP is None:
-            result = replace(result, slot_expert_LP=aligned)
+        relabel_ranks = import_module("solvers.ranks").relabel_ranks
+        order_LR = align_ranks(result.slot_expert_LP, transitions, problem.cluster.num_ranks)
+        share_LP = result.replica_share_LP
+        result = replace(
+            result,
+            slot_expert_LP=relabel_ranks(result.slot_expert_LP, order_LR),
+            replica_share_LP=None if share_LP is None else relabel_ranks(share_LP, order_LR),
+        )
     return result

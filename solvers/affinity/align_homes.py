@@ -8,7 +8,6 @@ Legend: L layers, Q requests, R ranks, P slots.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from placer.core.errors import UsageError
 from solvers.affinity.homes import assign_homes, touches_at_home
 from solvers.affinity.matching import heaviest_matching
 
-__all__ = ["HomeLabels", "align_for_homes", "best_labels", "relabel_ranks"]
+__all__ = ["HomeLabels", "align_for_homes", "best_labels"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,7 +27,7 @@ MOST_ROUNDS = 30
 class HomeLabels:
     """Labels and homes that fit together.
 
-    order_LR int64: the old rank whose experts are on each rank of each layer; apply it with `relabel_ranks`.
+    order_LR int64: the old rank whose experts are on each rank of each layer, for `solvers.ranks.relabel_ranks`.
     rank_Q int64: home of each request. `touches`: tokens, summed over layers, that touch their request's home.
     """
 
@@ -68,13 +67,6 @@ def align_for_homes(
         order_LR = np.stack([best_labels(_gain(count_QR, rank_Q), ranks_per_node) for count_QR in counts])
         found.append(_alternate(counts, tokens, order_LR, ranks_per_node, slack))
     return max(found, key=lambda labels: labels.touches)
-
-
-def relabel_ranks(array_LP: npt.NDArray[Any], order_LR: IntArray) -> npt.NDArray[Any]:
-    """Slots, or shares of slots, with the block of old rank order[l, r] on rank r of layer l, (L, P)."""
-    layers, ranks = order_LR.shape
-    blocks = array_LP.reshape(layers, ranks, -1)
-    return np.take_along_axis(blocks, order_LR[:, :, None], axis=1).reshape(array_LP.shape)
 
 
 def best_labels(gain_RR: npt.NDArray[np.number], ranks_per_node: int) -> IntArray:

@@ -13,6 +13,7 @@ from ortools.graph.python import linear_sum_assignment
 
 from placer.core.errors import MismatchError
 from placer.core.migration import Moves, held_LRE, moves
+from solvers.ranks import relabel_ranks
 
 __all__ = ["relabel"]
 
@@ -48,12 +49,11 @@ def relabel(
         never = 1 + int(overlap_LRR.sum())
         overlap_LRR -= never * (kind_R[:, None] != kind_R[None, :])
     width = ranks_per_node or num_ranks
-    blocks = target_LP.reshape(len(target_LP), num_ranks, -1)
     if common:
-        order_LR = np.tile(_nested(overlap_LRR.sum(axis=0), width), (len(blocks), 1))
+        order_LR = np.tile(_nested(overlap_LRR.sum(axis=0), width), (len(target_LP), 1))
     else:
         order_LR = np.stack([_nested(overlap_RR, width) for overlap_RR in overlap_LRR])
-    relabelled = np.take_along_axis(blocks, order_LR[:, :, None], axis=1).reshape(target_LP.shape)
+    relabelled = relabel_ranks(target_LP, order_LR)
     return relabelled, moves(current_LP, relabelled, num_ranks, ranks_per_node)
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.core.errors import UsageError
-from solvers.affinity.align_homes import align_for_homes, best_labels, relabel_ranks
+from solvers.affinity.align_homes import align_for_homes, best_labels
 from solvers.affinity.homes import assign_homes, touches_at_home
 from solvers.affinity.matching import heaviest_matching
 from solvers.affinity.predict import touch_from_prefix, touch_from_tag
+from solvers.ranks import relabel_ranks
 
 
 def best_homes(touch_QR: np.ndarray, tokens_Q: np.ndarray, cap: float) -> float:

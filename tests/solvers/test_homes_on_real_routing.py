@@ -9,10 +9,11 @@ import pytest
 from placer.core.dispatch import source_ranks
 from placer.core.homes import first_tokens, request_tokens, request_touch
 from placer.core.plan import Plan
-from solvers.affinity.align_homes import align_for_homes, relabel_ranks
+from solvers.affinity.align_homes import align_for_homes
 from solvers.affinity.homes import assign_homes
 from solvers.affinity.predict import touch_from_prefix
 from solvers.affinity.prefix_model import fit_prefix_model
+from solvers.ranks import relabel_ranks
 from traces.readers import read_any
 
 TRACE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gptoss20b" / "mmlu.npz"

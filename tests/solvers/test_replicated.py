@@ -16,6 +16,7 @@ from placer.core.evaluate_profile import distinct
 from placer.core.replicas import layer_slots
 from placer.core.replicas import serve_sets as core_serve_sets
 from placer.pipeline import judge, make_plan, solve
+from solvers.registry import run_solver
 from solvers.touch.anneal import incidence
 from solvers.touch.replica_anneal import anneal_replicas
 from solvers.touch.replica_serve import serve_sets
@@ -198,3 +199,30 @@ def test_heavy_sets_are_split_without_losing_tokens() -> None:
 def test_more_than_64_ranks_are_refused() -> None:
     with pytest.raises(UsageError, match="at most 64 ranks"):
         solve_replicated(problem_of(random_trace(0, experts=66, top_k=1), 66))
+
+
+def test_in_coherent_mode_replicas_and_their_shares_are_aligned_over_layers() -> None:
+    problem = problem_of(random_trace(4, layers=4, experts=8, tokens=600), 4, mode="coherent", redundant=4)
+    alone, aligned = solve_replicated(problem), run_solver("replicated", problem)
+    assert alone.slot_expert_LP is not None
+    assert aligned.slot_expert_LP is not None
+    assert aligned.replica_share_LP is not None
+    transitions = problem.profile.transition_LEE
+    assert transitions is not None
+
+    def kept(slots_LP: np.ndarray, share_LP: np.ndarray) -> float:
+        share_LRE = np.zeros((4, 4, 8))
+        layer, slot = np.indices(slots_LP.shape)
+        np.add.at(share_LRE, (layer, slot // 3, slots_LP), share_LP)
+        assert np.allclose(share_LRE.sum(axis=1), 1.0), "each expert's shares follow its slots"
+        return float(np.einsum("lre,lef,lrf->", share_LRE[:-1], transitions, share_LRE[1:]))
+
+    alone_share_LP = alone.replica_share_LP
+    assert alone_share_LP is not None
+    assert kept(aligned.slot_expert_LP, aligned.replica_share_LP) > kept(alone.slot_expert_LP, alone_share_LP)
+    before, after = (
+        [sorted(tuple(block) for block in row.reshape(4, 3).tolist()) for row in one.slot_expert_LP]
+        for one in (alone, aligned)
+    )
+    assert before == after, "the same groups"
+    assert check(problem, make_plan(problem, aligned, 0)) == []

@@ -10,8 +10,10 @@ from solver_problems import counts_problem, problem_of, random_trace
 
 from placer.core.check import check
 from placer.core.errors import UsageError
+from placer.core.plan import canonical_slots
 from placer.pipeline import BASELINES, make_plan
 from solvers.affinity.relabel import align_ranks
+from solvers.ranks import relabel_ranks
 from solvers.registry import SOLVERS, run_solver
 from solvers.touch.frontier import Candidate, cheapest_under_cap, cheapest_under_caps
 
@@ -68,7 +70,7 @@ def test_alignment_keeps_the_most_transitions_for_fixed_groups(seed: int, replic
         held /= held.sum(axis=1, keepdims=True)
         return sum(float((held[i] @ transition[i] @ held[i + 1].T).trace()) for i in range(layers - 1))
 
-    aligned = align_ranks(slots, transition, ranks)
+    aligned = canonical_slots(relabel_ranks(slots, align_ranks(slots, transition, ranks)), ranks)
     blocks = slots.reshape(layers, ranks, -1)
     orders = itertools.product(itertools.permutations(range(ranks)), repeat=layers - 1)
     best = max(kept(np.stack([blocks[0], *(blocks[i + 1][list(o)] for i, o in enumerate(order))])) for order in orders)
