@@ -118,10 +118,11 @@ class Incumbent:
         if cap is None or before.kind == "baseline" or not before.score.feasible or self.goal.kind == "par":
             return False
         draws_LEB = load_draws(self.problem.profile.load_FLE, JUDGE_DRAWS, self.seed + 1, spread=JUDGE_SPREAD)
-        draws_BLE, ranks = draws_LEB.transpose(2, 0, 1), self.problem.cluster.num_ranks
+        draws_BLE, cluster = draws_LEB.transpose(2, 0, 1), self.problem.cluster
+        ranks, speed_R = cluster.num_ranks, cluster.speed_R
 
         def mean_of(loads: Iterable[npt.NDArray[Any]], one: Answer) -> float:
-            return float(np.mean([mean_par(rank_load_LR(load_LE, one.slots_LP, ranks)) for load_LE in loads]))
+            return float(np.mean([mean_par(rank_load_LR(load_LE, one.slots_LP, ranks), speed_R) for load_LE in loads]))
 
         checks: list[tuple[Iterable[npt.NDArray[Any]], float]] = [(draws_BLE, cap)]
         if self.problem.max_window_par is not None:

@@ -109,7 +109,7 @@ def score(
         used = row >= 0
         np.add.at(share_LRE[layer], (slots.rank_P[used], row[used]), share_P[used])
     load_LR = np.einsum("le,lre->lr", profile.load_LE.astype(np.float64), share_LRE)
-    balance = float(par(load_LR).mean())
+    balance = float(par(load_LR, cluster.speed_R).mean())
     objective = balance
     if touch:
         objective = float(np.mean(costs))

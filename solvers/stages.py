@@ -28,6 +28,7 @@ class Stage:
     share    of the time left when it starts
     goals    kinds of objective it is good for
     slots    "single": only without redundant slots; "redundant": only with; "any"
+    speeds   whether it knows ranks of unlike speed, or is a baseline that is scored with them
     most_*   largest problem it can do: experts, ranks, comb(experts, experts per rank)
     """
 
@@ -36,6 +37,7 @@ class Stage:
     share: float = 1.0
     goals: tuple[GoalKind, ...] = ALL
     slots: Literal["single", "redundant", "any"] = "any"
+    speeds: bool = False
     most_experts: float = ANY_SIZE
     most_ranks: float = ANY_SIZE
     most_groups: float = ANY_SIZE
@@ -45,11 +47,11 @@ TOUCH: tuple[GoalKind, ...] = ("ranks", "nodes")
 CUT: tuple[GoalKind, ...] = ("cut", "hops")
 
 STAGES: tuple[Stage, ...] = (
-    Stage(solver="linear", kind="baseline"),
-    Stage(solver="eplb", kind="baseline"),
-    Stage(solver="lpt", kind="baseline"),
+    Stage(solver="linear", kind="baseline", speeds=True),
+    Stage(solver="eplb", kind="baseline", speeds=True),
+    Stage(solver="lpt", kind="baseline", speeds=True),
     Stage(solver="affinity", kind="search", share=0.8, goals=CUT, slots="single"),
-    Stage(solver="coactivation", kind="search", share=0.7, goals=(*TOUCH, *CUT), slots="single"),
+    Stage(solver="coactivation", kind="search", share=0.7, goals=(*TOUCH, *CUT), slots="single", speeds=True),
     Stage(solver="replicated", kind="search", share=0.8, goals=(*TOUCH, *CUT), slots="redundant", most_ranks=64),
     Stage(solver="blocks", kind="exact", goals=("ranks",), slots="single", most_experts=64, most_groups=300_000),
     Stage(solver="chain", kind="exact", share=0.6, goals=("cut",), slots="single", most_experts=10),
@@ -72,6 +74,7 @@ def stages_for(problem: PlacementProblem, stages: tuple[Stage, ...] = STAGES) ->
         for stage in stages
         if goal in stage.goals
         and stage.slots in ("any", slots)
+        and (stage.speeds or problem.cluster.speed_R is None)
         and (experts <= stage.most_experts and ranks <= stage.most_ranks and groups <= stage.most_groups)
         and _installed(stage)
     ]

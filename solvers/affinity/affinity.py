@@ -67,6 +67,8 @@ def solve_affinity(
         raise UsageError("the profile has no transitions between layers; use --solver lpt, or give a per-token trace")
     if problem.redundant:
         raise UsageError("affinity places one copy of each expert; use --solver replicated with --redundant")
+    if problem.cluster.speed_R is not None:
+        raise UsageError("affinity takes all ranks for equally fast; use lpt or coactivation with rank_speed")
     refuse_impossible_cap(problem)
     layers, ranks = problem.profile.model.num_sites, problem.cluster.num_ranks
     weight = node_weight if problem.cluster.nodes > 1 else 0.0

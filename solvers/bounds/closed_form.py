@@ -9,11 +9,13 @@ __all__ = ["closed_form"]
 
 
 def closed_form(problem: PlacementProblem, objective_name: str) -> Certificate | None:
-    """The certificate without multipliers for an objective, or None where there is none (a cut, a time).
+    """The certificate without multipliers for an objective, or None where there is none (a cut, a time, unlike speeds).
 
     With slopes of 0 the bound on ranks touched is that of capacity alone. Verified like any other; O(L (E log E + H)).
     """
     if problem.allow_empty_slots:
+        return None
+    if objective_name == "par" and problem.cluster.speed_R is not None:
         return None
     if objective_name == "par":
         proof = "load: mean, heaviest, company, pigeonhole"

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from solvers.bounds.simplex import simplex_level
+
 __all__ = ["MOST_ACTIVE", "cheapest_partitions", "step_columns"]
 
 FloatArray = npt.NDArray[np.float64]
@@ -43,27 +45,13 @@ def step_columns(
     for h in range(sets):
         count = count_H[h]
         share_step = share_reach / (slope_step * norm_H[h])
-        total = 0.0
         for a in range(count):
             cost = groups_HA[h, a]
             for q in range(slope_HQ.shape[1]):
                 cost += ((mask_HA[h, a] >> q) & 1) * slope_HQ[h, q]
             moved_A[a] = share_HA[h, a] - share_step * cost
             live_A[a] = moved_A[a]
-            total += moved_A[a]
-        live = count
-        level = (total - 1.0) / live
-        while True:
-            kept, total = 0, 0.0
-            for a in range(live):
-                if live_A[a] > level:
-                    live_A[kept] = live_A[a]
-                    total += live_A[a]
-                    kept += 1
-            if kept == live or kept == 0:
-                break
-            live = kept
-            level = (total - 1.0) / live
+        level = simplex_level(live_A, count)
         for a in range(count):
             share = max(0.0, moved_A[a] - level)
             ahead_A[a] = 2.0 * share - share_HA[h, a]

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from solvers.bounds.simplex import simplex_level
+
 __all__ = ["Partitions", "member_values", "pair_values", "partitions_of", "sizes_of", "step_members", "step_pairs"]
 
 IntArray = npt.NDArray[np.int64]
@@ -80,28 +82,13 @@ def step_pairs(
     for h in range(sets):
         m = pattern_H[h]
         count = count_M[m]
-        total = 0.0
         for v in range(count):
             cost = groups_MV[m, v]
             for q in range(pairs):
                 cost += together_MVQ[m, v, q] * slope_HQ[h, q]
             moved_V[v] = share_HV[h, v] - share_step_M[m] * cost
             live_V[v] = moved_V[v]
-            total += moved_V[v]
-        # projection on the simplex: drop what is below the level until nothing is (Michelot 1986)
-        live = count
-        level = (total - 1.0) / live
-        while True:
-            kept, total = 0, 0.0
-            for v in range(live):
-                if live_V[v] > level:
-                    live_V[kept] = live_V[v]
-                    total += live_V[v]
-                    kept += 1
-            if kept == live or kept == 0:
-                break
-            live = kept
-            level = (total - 1.0) / live
+        level = simplex_level(live_V, count)
         for v in range(count):
             share = max(0.0, moved_V[v] - level)
             ahead_V[v] = 2.0 * share - share_HV[h, v]

@@ -110,6 +110,8 @@ def _check(problem: PlacementProblem) -> None:
     model, ranks = problem.profile.model, problem.cluster.num_ranks
     if problem.redundant:
         raise UsageError(f"chain places no replicas and redundant is {problem.redundant}; use --redundant 0")
+    if problem.max_par is not None and problem.cluster.speed_R is not None:
+        raise UsageError("chain caps load as if all ranks were equally fast; use coactivation with rank_speed")
     if model.num_sites > 1 and problem.profile.transition_LEE is None:
         raise UsageError("the profile has no transitions between layers, which chain keeps on one rank")
     if number_of_partitions(model.num_experts, ranks) > MOST_PARTITIONS:

@@ -19,6 +19,7 @@ from placer.core.plan import canonical_slots
 from placer.core.problem import PlacementProblem
 from placer.core.replicas import layer_slots
 from solvers.balance.lpt import lpt_slots
+from solvers.interrupts import interruptible
 from solvers.result import SolveResult, StoppedBy
 from solvers.touch.anneal import incidence
 from solvers.touch.caps import JUDGE_DRAWS, JUDGE_SPREAD, load_draws, promise, refuse_impossible_cap
@@ -161,7 +162,7 @@ def solve_replicated(
     combination is; on unseen ones it is estimated as in solve_coactivation and kept under the cap, or MARGIN above the
     least found where the requests differ too much. Objective: mean ranks touched as visit_first serves the expert sets.
     Guarantee: none beyond the bound. Complexity: O(L * (SCAN_EFFORT + REFINE_EFFORT)) sets looked at. Deterministic
-    unless the time limit cuts it short.
+    unless the time limit cuts it short. Ctrl-C ends the search with the best so far.
     Raises UsageError without expert sets or beyond 64 ranks, InfeasibleError for an impossible cap.
     """
     started = time.perf_counter()
@@ -193,39 +194,42 @@ def solve_replicated(
     passes = [(False, price) for price in SCAN_PRICES] + [(True, factor) for factor in REFINE_FACTORS]
     left = sum(item.effort(refine) for refine, _ in passes for item in layers)
     done, began = 0.0, 0.0
-    for turn, (refine, price) in enumerate(passes):
-        if refine and np.isfinite(cap_seen):
-            implied = implied_prices(pools, _cap(pools, cap_seen), cap_window)
-            price *= max(1.0, sum(implied))
-            if np.isfinite(cap_window) and sum(implied) > 0:
-                on_windows = min(1.0, max(WINDOW_WEIGHT, implied[1] / sum(implied)))
-        elif not np.isfinite(cap_seen):
-            price = 0.0
-        for layer, item in enumerate(layers):
-            now = time.perf_counter()
-            if now - started > time_limit_s:
-                stopped_by = "time_limit"
-                break
-            prices = ((1 - on_windows) * price, on_windows * price)
-            begin = pools[layer][0]
-            if refine:
-                begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
-            if turn + layer == 0:
-                item.anneal(
-                    begin.placement, prices, refine, 0.0, (seed,)
-                )  # compiles, so that the rate is not misjudged
-                began = now = time.perf_counter()
-            # where time is short, every pass gets a little of it
-            scale = 1.0
-            if done > 0:
-                scale = min(1.0, (time_limit_s - (now - started)) * done / ((now - began) * left))
-            if scale < 1:
-                stopped_by = "time_limit"
-            effort = item.effort(refine) * scale
-            pools[layer].append(item.anneal(begin.placement, prices, refine, effort, (seed, turn, layer)))
-            done, left = done + effort, left - item.effort(refine)
-            if progress:
-                progress(turn * len(layers) + layer + 1, len(passes) * len(layers))
+    with interruptible() as interrupt:
+        for turn, (refine, price) in enumerate(passes):
+            if refine and np.isfinite(cap_seen):
+                implied = implied_prices(pools, _cap(pools, cap_seen), cap_window)
+                price *= max(1.0, sum(implied))
+                if np.isfinite(cap_window) and sum(implied) > 0:
+                    on_windows = min(1.0, max(WINDOW_WEIGHT, implied[1] / sum(implied)))
+            elif not np.isfinite(cap_seen):
+                price = 0.0
+            for layer, item in enumerate(layers):
+                now = time.perf_counter()
+                if now - started > time_limit_s:
+                    stopped_by = "time_limit"
+                    break
+                prices = ((1 - on_windows) * price, on_windows * price)
+                begin = pools[layer][0]
+                if refine:
+                    begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
+                if turn + layer == 0:
+                    item.anneal(
+                        begin.placement, prices, refine, 0.0, (seed,)
+                    )  # compiles, so that the rate is not misjudged
+                    began = now = time.perf_counter()
+                # where time is short, every pass gets a little of it
+                scale = 1.0
+                if done > 0:
+                    scale = min(1.0, (time_limit_s - (now - started)) * done / ((now - began) * left))
+                if scale < 1:
+                    stopped_by = "time_limit"
+                effort = item.effort(refine) * scale
+                pools[layer].append(item.anneal(begin.placement, prices, refine, effort, (seed, turn, layer)))
+                done, left = done + effort, left - item.effort(refine)
+                if progress:
+                    progress(turn * len(layers) + layer + 1, len(passes) * len(layers))
+    if interrupt.happened:
+        stopped_by = "interrupt"
     chosen = cheapest_under_caps(pools, _cap(pools, cap_seen), cap_seen, cap_window)
     objective = float(np.mean([candidate.touched for candidate in chosen]))
     objective_name, bound = touch_objective(problem)

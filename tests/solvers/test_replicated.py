@@ -226,3 +226,21 @@ def test_in_coherent_mode_replicas_and_their_shares_are_aligned_over_layers() ->
     )
     assert before == after, "the same groups"
     assert check(problem, make_plan(problem, aligned, 0)) == []
+
+
+def test_ctrl_c_ends_the_search_with_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import solvers.touch.replicated as replicated
+
+    calls = itertools.count()
+    real = replicated.anneal_replicas
+
+    def interrupted(*arguments: object) -> object:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(replicated, "anneal_replicas", interrupted)
+    problem = problem_of(random_trace(4, experts=8, tokens=600), 4, redundant=4)
+    result = solve_replicated(problem)
+    assert (result.status, result.stopped_by) == ("solved", "interrupt")
+    assert check(problem, make_plan(problem, result, 0)) == []

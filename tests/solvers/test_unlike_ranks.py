@@ -19,10 +19,12 @@ from placer.core.errors import InfeasibleError, UsageError
 from placer.core.evaluate import par
 from placer.core.problem import PlacementProblem
 from placer.pipeline import check_plan, judge, make_plan, solve
-from solvers.balance.load import max_load_bound, par_bound
+from solvers.balance.load import max_load_bound, par_bound, rank_load_LR
 from solvers.balance.lpt import solve_lpt
 from solvers.exact.cpsat import solve_cpsat
+from solvers.registry import run_solver
 from solvers.result import SolveResult
+from solvers.score import score
 from solvers.touch.anneal import touched
 from solvers.touch.coactivation import solve_coactivation
 from solvers.touch.replicated import solve_replicated
@@ -236,3 +238,25 @@ def test_solvers_and_proofs_for_equal_ranks_refuse_others() -> None:
         verify(replace(fast, max_par=1.5), loaded)
     # without load multipliers nothing depends on speeds
     verify(fast, Certificate(kind="touched", objective_name="", bound=-9.0, proof=""))
+
+
+@pytest.mark.parametrize("mode", ["per_rank", "coherent", "per_expert"])
+def test_auto_counts_load_over_speed(mode: str) -> None:
+    """A plan that is even in tokens is not even in time: the portfolio scores, promises and stops by speeds."""
+    alike = problem_of(random_trace(2, experts=12, top_k=2, tokens=800), 4, mode=mode, max_par=1.3)
+    problem = with_ranks(alike, rank_speed=(1.0, 1.0, 2.0, 2.0))
+    result = run_solver("auto", problem, time_limit_s=20)
+    assert result.slot_expert_LP is not None
+    speed_R = problem.cluster.speed_R
+    load_LR = rank_load_LR(problem.profile.load_LE, result.slot_expert_LP, 4)
+    assert score(problem, result.slot_expert_LP).par == pytest.approx(float(par(load_LR, speed_R).mean()))
+    assert score(alike, result.slot_expert_LP).par == pytest.approx(float(par(load_LR).mean()))
+    assert check(problem, make_plan(problem, result, 0)) == []
+    if result.certificate is not None:
+        assert verify(problem, result.certificate) >= result.certificate.bound - 1e-9
+
+
+def test_affinity_refuses_speeds_it_does_not_know() -> None:
+    problem = with_ranks(problem_of(random_trace(2), 3, mode="coherent"), rank_speed=(1.0, 2.0, 2.0))
+    with pytest.raises(UsageError, match="affinity takes all ranks for equally fast"):
+        run_solver("affinity", problem)
