@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.certificates import Certificate
+from placer.core.plan import relative_gap
 
 __all__ = ["SolveResult", "Status", "StoppedBy"]
 
@@ -45,6 +46,4 @@ class SolveResult:
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective, or None where either is unknown."""
-        if self.objective is None or self.bound is None:
-            return None
-        return 0.0 if self.objective == 0 else max(0.0, (self.objective - self.bound) / abs(self.objective))
+        return relative_gap(self.objective, self.bound)

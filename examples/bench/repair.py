@@ -173,13 +173,20 @@ def polish_cut(
                 if gain > best and _fits(load_R, here, there, load_E[mine] - load_E[other], limit):
                     best, partner = gain, other
             if partner >= 0:
-                there = rank_E[partner]
-                shift = load_E[mine] - load_E[partner]
-                load_R[here] -= shift
-                load_R[there] += shift
-                rank_E[mine], rank_E[partner] = there, here
+                _exchange(rank_E, load_R, load_E, mine, partner)
                 improved = True
     return rank_E
+
+
+@njit(cache=True)
+def _exchange(
+    rank_E: IntArray, load_R: FloatArray, load_E: FloatArray, mine: int, partner: int
+) -> None:  # pragma: no cover - compiled
+    """The two experts take each other's rank, and the loads follow."""
+    shift = load_E[mine] - load_E[partner]
+    load_R[rank_E[mine]] -= shift
+    load_R[rank_E[partner]] += shift
+    rank_E[mine], rank_E[partner] = rank_E[partner], rank_E[mine]
 
 
 @njit(cache=True)
@@ -249,10 +256,7 @@ def polish_touched(
                     best, partner = change, other
             if partner >= 0:
                 there = rank_E[partner]
-                shift = load_E[mine] - load_E[partner]
-                load_R[here] -= shift
-                load_R[there] += shift
-                rank_E[mine], rank_E[partner] = there, here
+                _exchange(rank_E, load_R, load_E, mine, partner)
                 for i in range(first_E[mine], first_E[mine + 1]):
                     on_HR[set_I[i], here] -= 1
                     on_HR[set_I[i], there] += 1

@@ -16,7 +16,7 @@ from placer.core.atomic import write_text_atomically
 from placer.core.errors import InputFileError, UsageError
 from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode, ReplicaChoice
 
-__all__ = ["Plan", "canonical_slots"]
+__all__ = ["Plan", "canonical_slots", "relative_gap"]
 
 FORMAT = "placer-plan"
 VERSION = 1
@@ -82,9 +82,7 @@ class Plan:
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective, or None where either is unknown."""
-        if self.objective is None or self.bound is None:
-            return None
-        return 0.0 if self.objective == 0 else max(0.0, (self.objective - self.bound) / abs(self.objective))
+        return relative_gap(self.objective, self.bound)
 
     @property
     def sha256(self) -> str:
@@ -135,6 +133,13 @@ class Plan:
             raise InputFileError(f"{path}: field {error} is missing; give what `placer solve` wrote") from error
         except (TypeError, ValueError, OverflowError, UsageError) as error:
             raise InputFileError(f"{path}: damaged plan ({error})") from error
+
+
+def relative_gap(objective: float | None, bound: float | None) -> float | None:
+    """(objective - bound) / objective, 0 or more; None where either is unknown."""
+    if objective is None or bound is None:
+        return None
+    return 0.0 if objective == 0 else max(0.0, (objective - bound) / abs(objective))
 
 
 def canonical_slots(slot_expert_LP: npt.NDArray[np.int64], num_ranks: int) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ import numpy as np
 from placer.core.certificates import Certificate, verify
 from placer.core.cluster import ClusterSpec
 from placer.core.errors import MismatchError, ViolationError
-from placer.core.plan import Plan
+from placer.core.plan import Plan, relative_gap
 from placer.core.problem import PlacementProblem
 from placer.core.profile import Profile
 from solvers.bounds.closed_form import closed_form
@@ -86,9 +86,6 @@ def prove(stored: StoredCertificate, plan: Plan, profile: Profile, cluster: Clus
         warnings.append(
             f"the plan's PAR {scored.par:.4f} is above {stored.max_par:g}: the bound is about plans that keep that cap"
         )
-    gap = None
-    if scored.feasible:
-        gap = 0.0 if scored.objective == 0 else max(0.0, (scored.objective - bound) / abs(scored.objective))
     return Proof(
         kind=certificate.kind,
         objective_name=goal.name,
@@ -96,7 +93,7 @@ def prove(stored: StoredCertificate, plan: Plan, profile: Profile, cluster: Clus
         bound=bound,
         max_par=stored.max_par,
         objective=scored.objective,
-        gap=gap,
+        gap=relative_gap(scored.objective, bound) if scored.feasible else None,
         warnings=tuple(warnings),
     )
 

@@ -213,9 +213,8 @@ def solve_replicated(
                 if refine:
                     begin = min(pools[layer], key=lambda c: c.touched + prices[0] * c.par + prices[1] * c.window)
                 if turn + layer == 0:
-                    item.anneal(
-                        begin.placement, prices, refine, 0.0, (seed,)
-                    )  # compiles, so that the rate is not misjudged
+                    # compiles, so that the rate is not misjudged
+                    item.anneal(begin.placement, prices, refine, 0.0, (seed,))
                     began = now = time.perf_counter()
                 # where time is short, every pass gets a little of it
                 scale = 1.0
