@@ -65,7 +65,7 @@ def _iteration(work: Work, stages: list[Stage], window: int) -> tuple[list[list[
     """Starts and ends (G, R) of one iteration."""
     env = simpy.Environment()
     ranks = work.cluster.num_ranks
-    legs = _Legs(env, open_ports(work.cluster, work.token_bytes, [leg for s in stages for leg in s.legs], window))
+    legs = _Legs(env, open_ports(work.cluster, [leg for s in stages for leg in s.legs], window))
     work_GR = [[0] * ranks if stage.work_WR is None else stage.work_WR[window].tolist() for stage in stages]
     legs_G = [len(stage.legs) for stage in stages]
     start_GR = [[0] * ranks for _ in stages]

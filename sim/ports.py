@@ -37,7 +37,8 @@ class Ports(NamedTuple):
 
     copies_XRR        what each rank sends to each; out_XR how long its sending takes
     node_R            node of each rank
-    alpha, slope      ns per message and per copy of: link inside the node, NIC, uplink
+    alpha             ns per message of: link inside the node, NIC, uplink
+    slope_XC2         ns per copy of each such class, where one message passes the port and where several share it
     missing_XR        arrivals (its own and its senders') and uplinks that a rank still waits for; -1 once it has left
     sent_XR           latest end of sending of the ranks that this rank hears from, itself included
     left_XCR, messages_XCR   copies and messages not handed in yet, per receiving port
@@ -53,7 +54,7 @@ class Ports(NamedTuple):
     out_XR: IntArray
     node_R: IntArray
     alpha: FloatArray
-    slope: FloatArray
+    slope_XC2: FloatArray
     missing_XR: IntArray
     sent_XR: IntArray
     left_XCR: IntArray
@@ -68,9 +69,10 @@ class Ports(NamedTuple):
     needs_XQR: npt.NDArray[np.bool_]
 
 
-def open_ports(cluster: ClusterSpec, token_bytes: int, legs: list[Leg], window: int) -> Ports:
+def open_ports(cluster: ClusterSpec, legs: list[Leg], window: int) -> Ports:
     """All ports idle before the first leg of iteration `window`. Cost O(X R^2)."""
     ranks, nodes, count = cluster.num_ranks, cluster.nodes, len(legs)
+    copy_bytes = [leg.copy_bytes for leg in legs]
     links = [cluster.intra, cluster.inter]
     uplinks = 0
     if cluster.uplink is not None and nodes > 1:
@@ -85,7 +87,9 @@ def open_ports(cluster: ClusterSpec, token_bytes: int, legs: list[Leg], window: 
         out_XR=np.stack([leg.times.out_WR[window] for leg in legs]),
         node_R=cluster.node_R,
         alpha=np.array([link.alpha_ns for link in links]),
-        slope=np.array([token_bytes / link.gbytes_per_s for link in links]),
+        slope_XC2=np.array(
+            [[(b / link.gbytes_per_s, b / link.gbytes_per_s * link.tail) for link in links] for b in copy_bytes]
+        ),
         missing_XR=zeros(ranks),
         sent_XR=zeros(ranks),
         left_XCR=zeros(2, ranks),
@@ -119,7 +123,7 @@ def arrive(ports: Ports, leg: int, rank: int, now: int, leaves: IntArray) -> int
         if copies > 0:
             link = 0 if node_R[rank] == node_R[receiver] else 1
             duration = _duration(
-                ports, link, ports.messages_XCR[leg, link, receiver], ports.left_XCR[leg, link, receiver]
+                ports, leg, link, ports.messages_XCR[leg, link, receiver], ports.left_XCR[leg, link, receiver]
             )
             ports.done_XCR[leg, link, receiver] = max(ports.done_XCR[leg, link, receiver], now + duration)
             ports.messages_XCR[leg, link, receiver] -= 1
@@ -139,8 +143,9 @@ def arrive(ports: Ports, leg: int, rank: int, now: int, leaves: IntArray) -> int
 
 
 @njit(cache=True)
-def _duration(ports: Ports, link: int, messages: int, copies: int) -> int:
-    return int(np.rint(messages * ports.alpha[link] + copies * ports.slope[link]))
+def _duration(ports: Ports, leg: int, link: int, messages: int, copies: int) -> int:
+    slope = ports.slope_XC2[leg, link, 1 if messages > 1 else 0]
+    return int(np.rint(messages * ports.alpha[link] + copies * slope))
 
 
 @njit(cache=True)
@@ -194,7 +199,7 @@ def _uplink_duration(ports: Ports, leg: int, port: int) -> int:
         left = ports.between_XNN[leg, port, node] if port < nodes else ports.between_XNN[leg, node, port - nodes]
         messages += left > 0
         copies += left
-    return _duration(ports, 2, messages, copies)
+    return _duration(ports, leg, 2, messages, copies)
 
 
 @njit(cache=True)
@@ -251,7 +256,7 @@ def _count(ports: Ports) -> None:
             ports.missing_XR[leg, rank] += 1
             for link in range(2):
                 messages, copies = ports.messages_XCR[leg, link, rank], ports.left_XCR[leg, link, rank]
-                ports.whole_XCR[leg, link, rank] = _duration(ports, link, messages, copies)
+                ports.whole_XCR[leg, link, rank] = _duration(ports, leg, link, messages, copies)
             for port in range(uplinks):
                 ports.missing_XR[leg, rank] += ports.needs_XQR[leg, port, rank]
         for port in range(uplinks):

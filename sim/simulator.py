@@ -15,6 +15,7 @@ from placer.core.evaluate import window_index
 from placer.core.model import ModelSpec
 from placer.core.modes import DISPATCH_MODES, DispatchMode
 from placer.core.plan import Plan
+from placer.core.schedule import Schedule
 from placer.core.timeline import Timeline
 from sim.port import port_times
 from sim.stages import stages_of, timeline_of
@@ -39,13 +40,16 @@ def simulate(
     mode: DispatchMode | None = None,
     batch_tokens: int = 2048,
     iterations: int | None = None,
+    schedule: Schedule | None = None,
+    metadata_bytes: int = 0,
     trace_sha256: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Timeline:
     """The Timeline of serving `expert_LTK` in order, `batch_tokens` an iteration, under `plan` on `cluster`.
 
     `source_T` is the rank each token's attention runs on, `mode` the dispatch mode (None: the plan's), `iterations`
-    how many to simulate from the first on (None: all). Windows are cut as `placer.core.evaluate` cuts them, so that
+    how many to simulate from the first on (None: all). `schedule` says how the all-to-alls run (None: linear, nothing
+    pipelined; a plan's own is `plan.schedule(kind)`), `metadata_bytes` what travels beside each dispatched copy. Windows are cut as `placer.core.evaluate` cuts them, so that
     the mean of `iteration_ns()` at fidelity `port` is `evaluate(...).iteration_us`. `progress(done, of)` is called as
     layers are replayed and again as iterations are simulated.
     Raises UsageError for a value that makes no sense, MismatchError where plan, model, cluster and tokens disagree.
@@ -65,7 +69,19 @@ def simulate(
         kept = int(np.searchsorted(window_T, windows))
         expert_LTK, source_T, window_T = expert_LTK[:, :kept], source_T[:kept], window_T[:kept]
     # Round-robin replica choice counts earlier tokens only, so cutting the tail changes no assignment.
-    work = work_of(plan, model, cluster, mode, expert_LTK, source_T, window_T, windows, progress)
+    work = work_of(
+        plan,
+        model,
+        cluster,
+        mode,
+        expert_LTK,
+        source_T,
+        window_T,
+        windows,
+        progress,
+        schedule=schedule,
+        metadata_bytes=metadata_bytes,
+    )
     stages = stages_of(work)
     if fidelity == "port":
         times = port_times(work, stages)

@@ -1,10 +1,12 @@
-"""When each rank starts and ends each stage: what both fidelities return, and how it becomes a Timeline.
+"""When each rank starts and ends each stage: what every fidelity returns, and how it becomes a Timeline.
 
 Legend: W windows (iterations), G stages of an iteration in order, R ranks, I spans.
-A stage is one phase of one layer; the all-gather that ends a `coherent` iteration is a stage of no layer (-1).
+A stage is one phase of one layer, or of one of its pipeline chunks; the all-gather that ends a `coherent` iteration is
+a stage of no layer (-1).
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,20 +15,30 @@ import numpy.typing as npt
 from placer.core.timeline import PHASES, Timeline
 from sim.traffic import Leg, Work
 
-__all__ = ["Stage", "StageTimes", "stages_of", "timeline_of"]
+__all__ = ["COMPUTE", "INSIDE", "NETWORK", "Stage", "StageTimes", "stages_of", "timeline_of"]
 
 IntArray = npt.NDArray[np.int64]
 
 
+COMPUTE, NETWORK, INSIDE = range(3)
+"""Streams of a rank; each carries its stages one after the other. Exchanges use NETWORK, but those legs of a pipelined
+two-level exchange that stay within nodes use INSIDE, so that they may run beside the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One phase of one layer: either local work (`work_WR`, ns) or legs. `units_WR` is the Timeline's `tokens`."""
+    """One span of every rank: local work first (`work_WR`, ns), then legs, in order. `units_WR`: Timeline's `tokens`.
+
+    A rank begins when its stages `after` (indices of earlier stages) and the stage before on `stream` are done.
+    """
 
     layer: int
     phase: int
     units_WR: IntArray
     work_WR: IntArray | None = None
     legs: tuple[Leg, ...] = ()
+    stream: int = COMPUTE
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +51,57 @@ class StageTimes:
 
 
 def stages_of(work: Work) -> list[Stage]:
-    """The iteration's stages in the order every rank passes them.
+    """The iteration's stages in an order that every stream keeps: all dispatches of a layer, then all its combines.
 
-    Attention is left out where the model has none (no attention_params); every other stage is there even when empty.
+    Attention is left out where it takes no time (no attention_params, no software costs); all else is there even when
+    empty. A layer of degree 1 is a chain: attention, dispatch, experts, combine.
     """
     has_attention = any(layer.attention_WR.any() for layer in work.layers)
-    stages = []
+    stages: list[Stage] = []
+    before: tuple[int, ...] = ()
     for index, layer in enumerate(work.layers):
         if has_attention:
-            stages.append(Stage(index, PHASES.index("attention"), layer.home_WR, work_WR=layer.attention_WR))
-        stages.append(_exchange(index, "dispatch", layer.dispatch))
-        stages.append(Stage(index, PHASES.index("experts"), layer.pairs_WR, work_WR=layer.experts_WR))
-        stages.append(_exchange(index, "combine", layer.combine))
+            work_WR = layer.attention_WR
+            stages.append(Stage(index, PHASES.index("attention"), layer.home_WR, work_WR=work_WR, after=before))
+            before = (len(stages) - 1,)
+        piped = len(layer.chunks) > 1
+        ready = []
+        for chunk in layer.chunks:
+            _exchange(stages, index, "dispatch", chunk.dispatch, chunk.dispatch_packing_WR, before, split=piped)
+            ready.append((len(stages) - 1,))
+        for at, chunk in enumerate(layer.chunks):
+            phase = PHASES.index("experts")
+            stages.append(Stage(index, phase, chunk.pairs_WR, work_WR=chunk.experts_WR, after=ready[at]))
+            ready[at] = (len(stages) - 1,)
+        before = ()
+        for at, chunk in enumerate(layer.chunks):
+            _exchange(stages, index, "combine", chunk.combine, chunk.combine_packing_WR, ready[at], split=piped)
+            before += (len(stages) - 1,)
     if work.gather is not None:
-        stages.append(_exchange(-1, "gather", (work.gather,)))
+        _exchange(stages, -1, "gather", (work.gather,), None, before, split=False)
     return stages
 
 
-def _exchange(layer: int, phase: str, legs: tuple[Leg, ...]) -> Stage:
-    sent_WR: IntArray = np.sum([leg.sent_WR for leg in legs], axis=0, dtype=np.int64)
-    return Stage(layer, PHASES.index(phase), sent_WR, legs=legs)
+def _exchange(
+    stages: list[Stage],
+    layer: int,
+    phase: str,
+    legs: tuple[Leg, ...],
+    packing_WR: IntArray | None,
+    after: tuple[int, ...],
+    *,
+    split: bool,
+) -> None:
+    """Appends the stages of one exchange: one, or one for each change of stream where it is `split`."""
+    packing = packing_WR if packing_WR is not None and packing_WR.any() else None
+    groups = [legs]
+    if split and len({leg.inside for leg in legs}) > 1:
+        groups = [tuple(run) for _, run in groupby(legs, key=lambda leg: leg.inside)]
+    for group in groups:
+        sent_WR: IntArray = np.sum([leg.sent_WR for leg in group], axis=0, dtype=np.int64)
+        stream = INSIDE if len(groups) > 1 and group[0].inside else NETWORK
+        stages.append(Stage(layer, PHASES.index(phase), sent_WR, packing, group, stream, after))
+        packing, after = None, (len(stages) - 1,)
 
 
 def timeline_of(work: Work, stages: list[Stage], times: StageTimes, about: dict[str, Any]) -> Timeline:

@@ -11,23 +11,37 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.cluster import ClusterSpec
-from placer.core.cost import LegTimes, attention_ns, expert_ns, gather_copies, leg_times, rank_load
-from placer.core.dispatch import assign_layer, layer_traffic
+from placer.core.cost import (
+    LegTimes,
+    attention_ns,
+    expert_ns,
+    gather_copies,
+    leg_times,
+    packing_ns,
+    rank_load,
+)
+from placer.core.dispatch import LayerTraffic, assign_layer, layer_traffic
 from placer.core.model import ModelSpec
 from placer.core.modes import DispatchMode
 from placer.core.plan import Plan
+from placer.core.schedule import Schedule, chunk_index, expand_leg
 
-__all__ = ["LayerWork", "Leg", "Work", "work_of"]
+__all__ = ["ChunkWork", "LayerWork", "Leg", "Work", "work_of"]
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One all-to-all: rank a sends copies_WRR[w, a, b] token copies to rank b, and how long each port is busy."""
+    """One exchange: rank a sends copies_WRR[w, a, b] copies of `copy_bytes` to rank b; how long each port is busy.
+
+    `inside` says that this leg stays within nodes: it may run beside one that crosses the network.
+    """
 
     copies_WRR: npt.NDArray[np.int32]
     times: LegTimes
+    copy_bytes: int
+    inside: bool = False
 
     @property
     def sent_WR(self) -> IntArray:
@@ -55,15 +69,24 @@ class Leg:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWork:
-    """One layer: how long each rank computes, how many pairs it computes, and the legs between, in order."""
+class ChunkWork:
+    """One pipeline chunk of a layer: its legs in order, what packing them costs, and the experts' work between."""
 
-    home_WR: IntArray
-    attention_WR: IntArray
     dispatch: tuple[Leg, ...]
+    dispatch_packing_WR: IntArray
     pairs_WR: IntArray
     experts_WR: IntArray
     combine: tuple[Leg, ...]
+    combine_packing_WR: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """One layer: attention (with the software's fixed cost of a layer), then as many chunks as its pipeline degree."""
+
+    home_WR: IntArray
+    attention_WR: IntArray
+    chunks: tuple[ChunkWork, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +115,45 @@ def work_of(
     window_T: IntArray,
     windows: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    schedule: Schedule | None = None,
+    metadata_bytes: int = 0,
 ) -> Work:
-    """Replays the routed tokens through the plan, layer by layer. Cost O(L T (K + R)); memory O(L W R^2)."""
+    """Replays the routed tokens through the plan, layer by layer. Cost O(L T (K + R)); memory O(L W R^2).
+
+    `schedule` None: every all-to-all linear, nothing pipelined. `metadata_bytes` travel beside each dispatched copy.
+    """
     token_T = np.arange(expert_LTK.shape[1])
     location_T = source_T
+    layers_count = expert_LTK.shape[0]
+    schedule = schedule or Schedule.uniform(layers_count)
+    schedule.refuse_misfit(mode, layers_count, cluster.num_ranks)
     layers = []
-    for layer in range(expert_LTK.shape[0]):
+    for layer in range(layers_count):
         home_T = location_T if mode == "coherent" else source_T
         slot_TK, slots = assign_layer(plan, layer, expert_LTK[layer], home_T, token_T)
-        traffic, location_T = layer_traffic(slots, mode, slot_TK, location_T, window_T, windows)
+        degree = schedule.degree_L[layer]
+        chunk_T = window_T * degree + chunk_index(location_T, window_T, cluster.num_ranks, degree)
+        traffic, after_T = layer_traffic(slots, mode, slot_TK, location_T, chunk_T, windows * degree)
+        home_WR = traffic.home_WR.reshape(windows, degree, -1).sum(axis=1)
         layers.append(
             LayerWork(
-                home_WR=traffic.home_WR,
-                attention_WR=attention_ns(cluster, model, traffic.home_WR),
-                dispatch=tuple(_leg(cluster, model, copies) for copies in traffic.legs_WRR),
-                pairs_WR=rank_load(traffic.tokens_WP, cluster.num_ranks),
-                experts_WR=expert_ns(cluster, model, traffic.tokens_WP),
-                combine=tuple(_leg(cluster, model, copies) for copies in traffic.returns_WRR),
+                home_WR=home_WR,
+                attention_WR=attention_ns(cluster, model, home_WR),
+                chunks=tuple(
+                    _chunk(cluster, model, mode, traffic, schedule, layer, chunk, metadata_bytes)
+                    for chunk in range(degree)
+                ),
             )
         )
+        location_T = after_T
         if progress is not None:
-            progress(layer + 1, expert_LTK.shape[0])
+            progress(layer + 1, layers_count)
     gather = None
     if mode == "coherent":
         home_WR = np.bincount(window_T * cluster.num_ranks + location_T, minlength=windows * cluster.num_ranks)
-        gather = _leg(cluster, model, gather_copies(home_WR.reshape(windows, cluster.num_ranks).astype(np.int64)))
+        copies_WRR = gather_copies(home_WR.reshape(windows, cluster.num_ranks).astype(np.int64))
+        gather = _leg(cluster, copies_WRR, model.token_bytes)
     return Work(
         cluster=cluster,
         token_bytes=model.token_bytes,
@@ -126,5 +163,41 @@ def work_of(
     )
 
 
-def _leg(cluster: ClusterSpec, model: ModelSpec, copies_WRR: IntArray) -> Leg:
-    return Leg(copies_WRR.astype(np.int32), leg_times(cluster, copies_WRR, model.token_bytes))
+def _chunk(
+    cluster: ClusterSpec,
+    model: ModelSpec,
+    mode: DispatchMode,
+    traffic: LayerTraffic,
+    schedule: Schedule,
+    layer: int,
+    chunk: int,
+    metadata_bytes: int,
+) -> ChunkWork:
+    """What chunk `chunk` of every window moves and computes; windows of `traffic` are (window, chunk) pairs."""
+    algorithm, rounds = schedule.algorithm_L[layer], schedule.rounds_L[layer]
+    step = slice(chunk, None, schedule.degree_L[layer])
+    legs: dict[str, tuple[Leg, ...]] = {}
+    packing: dict[str, IntArray] = {}
+    ways = (
+        ("dispatch", traffic.legs_WRR, model.token_bytes + metadata_bytes, rounds),
+        ("combine", traffic.returns_WRR, model.token_bytes, None if rounds is None else rounds.transposed()),
+    )
+    for way, legs_WRR, copy_bytes, order in ways:
+        packing[way] = packing_ns(cluster, legs_WRR[0][step], copy_bytes)
+        parts = [part for leg in legs_WRR for part in expand_leg(leg[step], algorithm, cluster.ranks_per_node, order)]
+        legs[way] = tuple(_leg(cluster, part, copy_bytes) for part in parts)
+    tokens_WP = traffic.tokens_WP[step]
+    return ChunkWork(
+        dispatch=legs["dispatch"],
+        dispatch_packing_WR=packing["dispatch"],
+        pairs_WR=rank_load(tokens_WP, cluster.num_ranks),
+        experts_WR=expert_ns(cluster, model, tokens_WP),
+        combine=legs["combine"],
+        combine_packing_WR=packing["combine"],
+    )
+
+
+def _leg(cluster: ClusterSpec, copies_WRR: IntArray, copy_bytes: int) -> Leg:
+    node_R = cluster.node_R
+    inside = cluster.nodes > 1 and not copies_WRR[:, node_R[:, None] != node_R[None, :]].any()
+    return Leg(copies_WRR.astype(np.int32), leg_times(cluster, copies_WRR, copy_bytes), copy_bytes, inside)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from placer.core.errors import InputFileError, UsageError
 
-__all__ = ["ClusterSpec", "Compute", "LinkClass"]
+__all__ = ["ClusterSpec", "Compute", "LinkClass", "Software"]
 
 
 LEAST, MOST = 1e-9, 1e12
@@ -34,14 +34,20 @@ def _microseconds(owner: str, field: str, value: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkClass:
-    """One class of port: time of a message of n bytes = alpha_us + n / gbytes_per_s, each direction by itself."""
+    """One class of port: time of a message of n bytes = alpha_us + n / gbytes_per_s, each direction by itself.
+
+    `tail` is what bytes cost more where several messages share the port, as `placer calibrate` finds it.
+    """
 
     gbytes_per_s: float
     alpha_us: float = 0.0
+    tail: float = 1.0
 
     def __post_init__(self) -> None:
         _positive("link", "gbytes_per_s", self.gbytes_per_s)
         _microseconds("link", "alpha_us", self.alpha_us)
+        if isinstance(self.tail, bool) or not isinstance(self.tail, int | float) or not 1 <= self.tail <= 100:
+            raise UsageError(f"link.tail is {self.tail!r}; give a factor, 1 to 100")
 
     @property
     def alpha_ns(self) -> float:
@@ -69,6 +75,31 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Software:
+    """What running a layer costs beside links and GEMMs, as `placer calibrate` finds it. Nothing where not calibrated.
+
+    layer_us               fixed, once a layer (norms, launches, the interpreter)
+    exchange_us            fixed, each dispatch and each combine (exchange of counts, packing)
+    permute_gbytes_per_s   rate at which copies sent and received are packed and unpacked; None: for nothing
+    shared_cores           processor cores that all ranks share, where they do (ranks on one machine's CPU)
+    """
+
+    layer_us: float = 0.0
+    exchange_us: float = 0.0
+    permute_gbytes_per_s: float | None = None
+    shared_cores: int | None = None
+
+    def __post_init__(self) -> None:
+        _microseconds("software", "layer_us", self.layer_us)
+        _microseconds("software", "exchange_us", self.exchange_us)
+        if self.permute_gbytes_per_s is not None:
+            _positive("software", "permute_gbytes_per_s", self.permute_gbytes_per_s)
+        cores = self.shared_cores
+        if cores is not None and (isinstance(cores, bool) or not isinstance(cores, int) or cores < 1):
+            raise UsageError(f"software.shared_cores is {cores!r}; give a positive integer or leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
     """`nodes` x `ranks_per_node` ranks, equal but for `rank_speed` and `rank_memory_gib`.
 
@@ -88,6 +119,7 @@ class ClusterSpec:
     uplink: LinkClass | None = None
     rank_speed: tuple[float, ...] = ()
     rank_memory_gib: tuple[float, ...] = ()
+    software: Software | None = None
 
     def __post_init__(self) -> None:
         for field in ("nodes", "ranks_per_node"):
@@ -97,9 +129,10 @@ class ClusterSpec:
         _positive("cluster", "memory_gib", self.memory_gib)
         if not isinstance(self.name, str):
             raise UsageError(f"cluster.name is {self.name!r}; give a text")
-        for field, kind in (("intra", LinkClass), ("inter", LinkClass), ("uplink", LinkClass), ("compute", Compute)):
+        kinds = {"intra": LinkClass, "inter": LinkClass, "uplink": LinkClass, "compute": Compute, "software": Software}
+        for field, kind in kinds.items():
             value = getattr(self, field)
-            if not isinstance(value, kind) and not (field == "uplink" and value is None):
+            if not isinstance(value, kind) and not (field in ("uplink", "software") and value is None):
                 raise UsageError(f"cluster.{field} is {value!r}; give a {kind.__name__}")
         for field in ("rank_speed", "rank_memory_gib"):
             values = getattr(self, field)
@@ -160,6 +193,12 @@ class ClusterSpec:
             else:
                 # a cluster of equal ranks has the hash it had before ranks could differ
                 del data[field]
+        for field in ("intra", "inter", "uplink"):
+            # and one without a tail the hash it had before there were tails
+            if data[field] is not None and data[field]["tail"] == 1:
+                del data[field]["tail"]
+        if data["software"] is None:
+            del data["software"]
         return data
 
     @classmethod
@@ -174,6 +213,8 @@ class ClusterSpec:
                 if field in fields:
                     fields[field] = tuple(fields[field])
             fields["compute"] = Compute(**fields["compute"])
+            if fields.get("software") is not None:
+                fields["software"] = Software(**fields["software"])
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as error:
             raise InputFileError(f"{where}: not a cluster description ({error})") from error

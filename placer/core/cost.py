@@ -7,6 +7,8 @@ time(layer) = attention + sum of dispatch legs + experts + sum of combine legs, 
                every rank's network port and every node's uplink, each in both directions (full duplex)
     experts  = max over ranks of launch + sum over slots with tokens of max(weight read, tokens * flops / rate)
                / the rank's relative speed
+A port that several messages share moves bytes / beta * tail. Where the cluster has `software` costs, attention,
+dispatch and combine also last as long as the slowest rank's (docs/decisions/0011).
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from placer.core.cluster import ClusterSpec
+from placer.core.cluster import ClusterSpec, LinkClass
 from placer.core.dispatch import LayerTraffic
 from placer.core.model import ModelSpec
 
-__all__ = ["LegTimes", "attention_ns", "closed_form_ns", "expert_ns", "gather_copies", "leg_times", "rank_load"]
+__all__ = [
+    "LegTimes",
+    "attention_ns",
+    "closed_form_ns",
+    "expert_ns",
+    "gather_copies",
+    "leg_times",
+    "packing_ns",
+    "port_ns",
+    "rank_load",
+]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -43,26 +55,32 @@ class LegTimes:
         return np.max([port.max(axis=1) for port in ports], axis=0)
 
 
+def port_ns(link: LinkClass, messages: IntArray, copies: IntArray, copy_bytes: int) -> npt.NDArray[np.int64]:
+    """How long a port of this class is busy with so many messages of so many copies in all."""
+    slope = copy_bytes / link.gbytes_per_s
+    work = copies * np.where(messages > 1, slope * link.tail, slope)
+    return np.rint(messages * link.alpha_ns + work).astype(np.int64)
+
+
 def leg_times(cluster: ClusterSpec, copies_WRR: IntArray, token_bytes: int) -> LegTimes:
-    """Port times of one all-to-all leg in which rank a sends copies_WRR[w, a, b] tokens to rank b."""
+    """Port times of one all-to-all leg in which rank a sends copies_WRR[w, a, b] copies of `token_bytes` to rank b."""
     node_R = cluster.node_R
     same_RR = node_R[:, None] == node_R[None, :]
     out_WR, in_WR = (np.zeros(copies_WRR.shape[:2], dtype=np.int64) for _ in range(2))
     for link, pick_RR in ((cluster.intra, same_RR), (cluster.inter, ~same_RR)):
         copies = copies_WRR * pick_RR
         for axis, total in ((2, out_WR), (1, in_WR)):
-            messages = (copies > 0).sum(axis=axis)
-            duration = messages * link.alpha_ns + copies.sum(axis=axis) * (token_bytes / link.gbytes_per_s)
-            np.maximum(total, np.rint(duration).astype(np.int64), out=total)
+            duration = port_ns(link, (copies > 0).sum(axis=axis), copies.sum(axis=axis), token_bytes)
+            np.maximum(total, duration, out=total)
     windows, nodes = copies_WRR.shape[0], cluster.nodes
     uplink_out, uplink_in = (np.zeros((windows, nodes), dtype=np.int64) for _ in range(2))
     if cluster.uplink is not None and nodes > 1:
         away = (copies_WRR * ~same_RR).reshape(windows, nodes, cluster.ranks_per_node, nodes, cluster.ranks_per_node)
         between_WNN = away.sum(axis=(2, 4))
-        alpha, slope = cluster.uplink.alpha_ns, token_bytes / cluster.uplink.gbytes_per_s
         for axis, target in ((2, uplink_out), (1, uplink_in)):
-            messages = (between_WNN > 0).sum(axis=axis)
-            target[:] = np.rint(messages * alpha + between_WNN.sum(axis=axis) * slope)
+            target[:] = port_ns(
+                cluster.uplink, (between_WNN > 0).sum(axis=axis), between_WNN.sum(axis=axis), token_bytes
+            )
     return LegTimes(out_WR, in_WR, uplink_out, uplink_in)
 
 
@@ -76,13 +94,20 @@ def expert_ns(cluster: ClusterSpec, model: ModelSpec, tokens_WP: IntArray) -> In
     per_rank = work_WP.reshape(len(tokens_WP), cluster.num_ranks, -1).sum(axis=2)
     if cluster.rank_speed:
         per_rank = per_rank / np.array(cluster.rank_speed)
-    return np.rint(np.where(per_rank > 0, per_rank + compute.launch_us * 1e3, 0)).astype(np.int64)
+    per_rank = np.where(per_rank > 0, per_rank + compute.launch_us * 1e3, 0)
+    cores = None if cluster.software is None else cluster.software.shared_cores
+    if cores is not None and cores < cluster.num_ranks:
+        # ranks that share cores are done no earlier than the cores with everybody's work
+        together = per_rank.sum(axis=1, keepdims=True) / cores
+        per_rank = np.where(per_rank > 0, np.maximum(per_rank, together), 0)
+    return np.rint(per_rank).astype(np.int64)
 
 
 def attention_ns(cluster: ClusterSpec, model: ModelSpec, home_WR: IntArray) -> IntArray:
     """Time of each rank's non-expert part of a layer (attention, shared experts) for its own tokens, (W, R).
 
-    A weight-read / GEMM estimate; the KV cache is not priced. 0 where the model gives no attention_params.
+    A weight-read / GEMM estimate; the KV cache is not priced. Where the model gives no attention_params, the software's
+    fixed cost of a layer is all.
     """
     params = model.attention_params + 3 * model.hidden_size * model.shared_intermediate_size
     compute = cluster.compute
@@ -90,7 +115,21 @@ def attention_ns(cluster: ClusterSpec, model: ModelSpec, home_WR: IntArray) -> I
     work = np.maximum(read_ns, home_WR * (2 * params / compute.flops_per_ns))
     if cluster.rank_speed:
         work = work / np.array(cluster.rank_speed)
-    return np.rint(np.where((home_WR > 0) & (params > 0), work + compute.launch_us * 1e3, 0)).astype(np.int64)
+    work = np.where((home_WR > 0) & (params > 0), work + compute.launch_us * 1e3, 0)
+    fixed = 0.0 if cluster.software is None else cluster.software.layer_us * 1e3
+    return np.rint(work + fixed).astype(np.int64)
+
+
+def packing_ns(cluster: ClusterSpec, copies_WRR: IntArray, copy_bytes: int) -> IntArray:
+    """What each rank's software adds to one dispatch or combine whose first leg is `copies_WRR`, (W, R)."""
+    software = cluster.software
+    if software is None:
+        return np.zeros(copies_WRR.shape[:2], dtype=np.int64)
+    work = np.full(copies_WRR.shape[:2], software.exchange_us * 1e3)
+    if software.permute_gbytes_per_s is not None:
+        moved_WR = copies_WRR.sum(axis=2) + copies_WRR.sum(axis=1)
+        work = work + moved_WR * (copy_bytes / software.permute_gbytes_per_s)
+    return np.rint(work).astype(np.int64)
 
 
 def gather_copies(home_WR: IntArray) -> IntArray:
@@ -114,8 +153,11 @@ def rank_load(tokens_WP: IntArray, num_ranks: int) -> IntArray:
 def closed_form_ns(cluster: ClusterSpec, model: ModelSpec, traffic: LayerTraffic) -> dict[str, IntArray]:
     """Duration of each phase of one layer when ranks start every phase together, {phase: (W,)}."""
     token_bytes = model.token_bytes
-    dispatch = [leg_times(cluster, leg, token_bytes).slowest_W for leg in traffic.legs_WRR]
-    combine = [leg_times(cluster, leg, token_bytes).slowest_W for leg in traffic.returns_WRR]
+    dispatch, combine = (
+        [packing_ns(cluster, legs[0], token_bytes).max(axis=1)]
+        + [leg_times(cluster, leg, token_bytes).slowest_W for leg in legs]
+        for legs in (traffic.legs_WRR, traffic.returns_WRR)
+    )
     return {
         "attention": attention_ns(cluster, model, traffic.home_WR).max(axis=1),
         "dispatch": np.sum(dispatch, axis=0, dtype=np.int64),

@@ -15,12 +15,14 @@ import numpy.typing as npt
 from placer.core.atomic import write_text_atomically
 from placer.core.errors import InputFileError, UsageError
 from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode, ReplicaChoice
+from placer.core.schedule import Kind, Schedule
 
 __all__ = ["Plan", "canonical_slots", "relative_gap"]
 
 FORMAT = "placer-plan"
 VERSION = 1
 LARGEST = 1e300
+SCHEDULES = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Plan:
                       where a token visits no replica's rank anyway); None means equal shares
     moe_layers        absolute layer id of each row; num_hidden_layers counts dense layers too (engines need it)
     hashes            SHA-256 of the trace, model, cluster and limits it was solved for
+    prefill, decode   how the all-to-alls run in either kind of iteration; None: linear, not pipelined
     """
 
     model: str
@@ -54,6 +57,8 @@ class Plan:
     seed: int = 0
     num_hidden_layers: int | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    prefill: Schedule | None = None
+    decode: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.slot_expert_LP.ndim != 2:
@@ -68,6 +73,9 @@ class Plan:
             raise UsageError(f"plan.mode is {self.mode!r}; use one of {', '.join(DISPATCH_MODES)}")
         if self.replica_choice not in REPLICA_CHOICES:
             raise UsageError(f"plan.replica_choice is {self.replica_choice!r}; use one of {', '.join(REPLICA_CHOICES)}")
+        for schedule in (self.prefill, self.decode):
+            if schedule is not None:
+                schedule.refuse_misfit(self.mode, len(self.slot_expert_LP), self.num_ranks)
 
     @property
     def num_slots(self) -> int:
@@ -89,14 +97,24 @@ class Plan:
         """Hash of the JSON form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def schedule(self, kind: Kind) -> Schedule:
+        """How the all-to-alls run in iterations of this kind."""
+        schedule = self.prefill if kind == "prefill" else self.decode
+        return Schedule.uniform(len(self.slot_expert_LP)) if schedule is None else schedule
+
     def to_json(self) -> str:
         """Canonical text: same Plan, same bytes; one line per layer so that `diff` reads well."""
-        head = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_LP")}
+        names = [f.name for f in fields(self) if not f.name.endswith("_LP") and f.name not in SCHEDULES]
+        head = {name: getattr(self, name) for name in names}
         head = {"format": FORMAT, "version": VERSION, **head, "gap": self.gap}
         lines = [f" {json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in head.items()]
         lines.append(f' "slot_expert_LP": {_rows(self.slot_expert_LP.tolist())}')
         if self.replica_share_LP is not None:
             lines.append(f' "replica_share_LP": {_rows(np.round(self.replica_share_LP, 6).tolist())}')
+        for name, schedule in (("prefill", self.prefill), ("decode", self.decode)):
+            if schedule is not None:
+                text = json.dumps(schedule.to_dict(), sort_keys=True)
+                lines += [f' "{name}": {text}']
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def save(self, path: Path) -> None:
@@ -127,6 +145,9 @@ class Plan:
             if data.get("replica_share_LP") is not None:
                 data["replica_share_LP"] = _matrix(data["replica_share_LP"], np.float64, "replica_share_LP")
             data["moe_layers"] = _layers(data["moe_layers"])
+            for name in SCHEDULES:
+                if data.get(name) is not None:
+                    data[name] = Schedule.from_dict(data[name])
             _refuse_wrong_types(data)
             return cls(**data)
         except KeyError as error:
