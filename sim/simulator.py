@@ -49,9 +49,10 @@ def simulate(
 
     `source_T` is the rank each token's attention runs on, `mode` the dispatch mode (None: the plan's), `iterations`
     how many to simulate from the first on (None: all). `schedule` says how the all-to-alls run (None: linear, nothing
-    pipelined; a plan's own is `plan.schedule(kind)`), `metadata_bytes` what travels beside each dispatched copy. Windows are cut as `placer.core.evaluate` cuts them, so that
-    the mean of `iteration_ns()` at fidelity `port` is `evaluate(...).iteration_us`. `progress(done, of)` is called as
-    layers are replayed and again as iterations are simulated.
+    pipelined; a plan's own is `plan.schedule(kind)`), `metadata_bytes` what travels beside each dispatched copy.
+    Windows are cut as `placer.core.evaluate` cuts them, so that the mean of `iteration_ns()` at fidelity `port` is
+    `evaluate(...).iteration_us` where there is no schedule. `progress(done, of)` is called as layers are replayed and
+    again as iterations are simulated.
     Raises UsageError for a value that makes no sense, MismatchError where plan, model, cluster and tokens disagree.
     """
     mode = plan.mode if mode is None else mode

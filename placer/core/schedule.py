@@ -15,8 +15,8 @@ from placer.core.modes import DispatchMode
 
 __all__ = [
     "ALGORITHMS",
-    "SCHEDULED_MODES",
     "KINDS",
+    "SCHEDULED_MODES",
     "Algorithm",
     "Kind",
     "Rounds",
