@@ -4,6 +4,7 @@ Legend: I spans (one phase of one layer on one rank), R ranks.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ class Timeline:
             np.maximum.at(slowest, (self.iteration[pick], self.layer[pick] + 1), self.duration_ns[pick])
             result[name] = slowest.sum(axis=1)
         return result
+
+    @classmethod
+    def join(cls, parts: Sequence["Timeline"]) -> "Timeline":
+        """The iterations of several launches of the same job, one launch after the other.
+
+        `about` is the first's, with `launch_iterations`: how many iterations each launch has. Raises UsageError.
+        """
+        if not parts:
+            raise UsageError("timeline: no parts to join; give at least one")
+        counts = [part.num_iterations for part in parts]
+        first = np.cumsum([0, *counts[:-1]])
+        ends = [int((part.start_ns + part.duration_ns).max(initial=0)) for part in parts]
+        shift = np.cumsum([0, *ends[:-1]])
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+        lengths = [len(part.start_ns) for part in parts]
+        columns["iteration"] = columns["iteration"] + np.repeat(first, lengths).astype(np.int32)
+        columns["start_ns"] = columns["start_ns"] + np.repeat(shift, lengths)
+        return cls(about={**parts[0].about, "launch_iterations": counts}, **columns)
 
     def to_json(self) -> str:
         """Canonical text: same Timeline, same bytes."""
