@@ -128,11 +128,8 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
         torch.cuda.set_device(device)
     cache: dict[Any, Any] = {}
     prepared = [prepare(job, rank, num_ranks, device, cache) for job in jobs]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=max(job.timeout_s for job in jobs))
-        )
+        _join(environment, device, max(job.timeout_s for job in jobs))
         # connections are made by the first message on some back ends, and must not be timed
         exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
         kept = _measure(prepared, _fabrics(prepared, device), rank, heartbeat)
@@ -142,8 +139,7 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
         dist.destroy_process_group()
     except (RuntimeError, MemoryError, OSError) as error:
         # gloo, NCCL, CUDA and the rendezvous all report with these
-        text = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ExecutionError(text) from error
+        raise ExecutionError(_first_line(error)) from error
     if rank == 0:
         _say("checking outputs and writing results")
         for one, (timeline, output_TH) in zip(prepared, timelines, strict=True):
@@ -159,6 +155,28 @@ def _ask_for_realtime() -> None:
     except (AttributeError, OSError) as error:
         raise ExecutionError(
             f"replay.realtime: this machine refuses SCHED_RR ({error}); run as root, or without realtime"
+        ) from error
+
+
+def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> None:
+    """Joins the group of all ranks, or says within `timeout_s` where the rendezvous is that cannot be had."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    ranks = {"rank": environment.rank, "world_size": environment.num_ranks}
+    try:
+        dist.init_process_group(backend, **ranks, timeout=timedelta(seconds=timeout_s))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise ExecutionError(
+            f"the rendezvous at {where} did not bring {environment.num_ranks} ranks together within {timeout_s:g} s "
+            f"({_first_line(error)}); is every machine started, and can it reach that address?"
+        ) from error
+    except RuntimeError as error:
+        if not _is_own_interface(error):
+            raise
+        name = os.environ.get("GLOO_SOCKET_IFNAME", "of this host's name")
+        raise ExecutionError(
+            f"cannot use network interface {name} ({_first_line(error).rpartition('] ')[2]}); set GLOO_SOCKET_IFNAME "
+            "to one that this machine has"
         ) from error
 
 
@@ -282,7 +300,17 @@ def _host_id(rank: int) -> int:
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return gone and not _is_own_interface(error)
+
+
+def _is_own_interface(error: RuntimeError) -> bool:
+    # gloo's only words for an interface without address, or one that cannot be bound, are where it checks
+    return "transport/tcp/device.cc" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _say(text: str) -> None:
