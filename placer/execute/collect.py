@@ -1,9 +1,10 @@
 """From what each rank recorded to one Timeline, and to one verdict on the outputs; both on rank 0.
 
-Legend: R ranks, I iterations, L sites, M marks = 1 + 4 L, T tokens, K top-k, H hidden size.
+Legend: R ranks, I iterations, L sites, G spans of one iteration, T tokens, K top-k, H hidden size.
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from placer.core.errors import ExecutionError
-from placer.core.timeline import PHASES, Timeline
+from placer.core.timeline import Timeline
 from placer.execute.dispatch import exchange
 from placer.execute.experts import ExpertFile, ExpertWeights
-from placer.execute.loop import PreparedJob, load_routing
+from placer.execute.loop import PreparedJob
 from placer.execute.reference import reference_forward
+from placer.execute.routing import load_routing
 
 __all__ = ["TOLERANCE", "align_clocks", "build_timeline", "gather_outputs", "gather_to_first", "judge_outputs"]
 
@@ -27,7 +29,7 @@ IntArray = npt.NDArray[np.int64]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """Largest difference to the plan-free reference, as a share of its largest value, that a run may have.
 
-`per_expert` runs sum in the reference's order and are normally bit-identical to it; `per_rank` runs round partial sums,
+`per_expert` runs sum in the reference's order and are normally bit-identical to it; the other modes round partial sums,
 which stays near 1e-6 a layer in float32 and 1e-2 in bfloat16. A wrong token or expert is off by 1e-1 or more."""
 
 
@@ -54,35 +56,40 @@ def gather_outputs(prepared: PreparedJob, outputs: list[Tensor], rank: int) -> T
     return result_TH
 
 
-def align_clocks(time_RIM: IntArray, host_R: IntArray) -> IntArray:
-    """The marks on rank 0's clock. Ranks on its host share it; for the others the barrier before an iteration is one
+def align_clocks(time_RIG2: IntArray, host_R: IntArray) -> IntArray:
+    """The times on rank 0's clock. Ranks on its host share it; for the others the barrier before an iteration is one
     moment, so their clocks are set by its end (an error of the barrier's skew, a fraction of a millisecond)."""
-    shift_RI = np.where(host_R[:, None] == host_R[0], 0, time_RIM[:1, :, 0] - time_RIM[:, :, 0])
-    return time_RIM + shift_RI[:, :, None]
+    start_RI = time_RIG2[:, :, 0, 0]
+    shift_RI = np.where(host_R[:, None] == host_R[0], 0, start_RI[:1] - start_RI)
+    return time_RIG2 + shift_RI[:, :, None, None]
 
 
 def build_timeline(
-    time_RIM: IntArray, count_RIL3: IntArray, home_RI: IntArray, token_bytes: int, about: dict[str, Any]
+    time_RIG2: IntArray,
+    count_RIG3: IntArray,
+    layer_G: IntArray,
+    phase_G: IntArray,
+    token_bytes: int,
+    about: dict[str, Any],
 ) -> Timeline:
-    """Spans of every rank, iteration, layer and phase from aligned marks (zero: the caller's) and counts.
+    """Every rank's spans from aligned times (zero: the caller's) and counts (copies sent, received, `tokens`).
 
     Bytes are hidden states only (copies * token_bytes), as the cost model counts them; `about` has what travels beside.
     """
-    ranks, iterations, layers = count_RIL3.shape[:3]
-    sent, received, pairs = np.moveaxis(count_RIL3, -1, 0)
-    none = np.zeros_like(sent)
-    shape = (ranks, iterations, layers, 4)
-    start = time_RIM[:, :, :-1].reshape(shape)
+    ranks, iterations, spans = time_RIG2.shape[:3]
+    shape = (ranks, iterations, spans)
+    start, end = np.moveaxis(time_RIG2, -1, 0)
+    sent, received, tokens = np.moveaxis(count_RIG3, -1, 0)
     columns = {
-        "iteration": np.broadcast_to(np.arange(iterations)[None, :, None, None], shape),
-        "layer": np.broadcast_to(np.arange(layers)[None, None, :, None], shape),
-        "phase": np.broadcast_to([PHASES.index(p) for p in ("attention", "dispatch", "experts", "combine")], shape),
-        "rank": np.broadcast_to(np.arange(ranks)[:, None, None, None], shape),
+        "iteration": np.broadcast_to(np.arange(iterations)[None, :, None], shape),
+        "layer": np.broadcast_to(layer_G, shape),
+        "phase": np.broadcast_to(phase_G, shape),
+        "rank": np.broadcast_to(np.arange(ranks)[:, None, None], shape),
         "start_ns": start,
-        "duration_ns": time_RIM[:, :, 1:].reshape(shape) - start,
-        "sent_bytes": np.stack([none, sent, none, received], axis=-1) * token_bytes,
-        "received_bytes": np.stack([none, received, none, sent], axis=-1) * token_bytes,
-        "tokens": np.stack([np.broadcast_to(home_RI[:, :, None], sent.shape), sent, pairs, received], axis=-1),
+        "duration_ns": end - start,
+        "sent_bytes": sent * token_bytes,
+        "received_bytes": received * token_bytes,
+        "tokens": tokens,
     }
     order = np.lexsort((columns["rank"].ravel(), start.ravel(), columns["iteration"].ravel()))
     types = {"iteration": np.int32, "layer": np.int32, "phase": np.int8, "rank": np.int32}
@@ -110,13 +117,14 @@ def judge_outputs(prepared: PreparedJob, output_TH: Tensor) -> dict[str, Any]:
         def load(site: int, expert: int) -> ExpertWeights:
             return file.load(job.stored_layers[site], expert, dtype=prepared.dtype, device=device)
 
-        def forward(order_LTK: Tensor | None) -> Tensor:
-            return reference_forward(
-                job.seed, prepared.hidden_size, expert_LTK, weight_LTK, load, dtype=prepared.dtype, rank_LTK=order_LTK
-            )
-
-        plain_TH = forward(None)
-        ordered_TH = forward(rank_LTK) if job.mode == "per_rank" else plain_TH
+        forward = partial(
+            reference_forward, job.seed, prepared.hidden_size, expert_LTK, weight_LTK, load, dtype=prepared.dtype
+        )
+        plain_TH = forward()
+        per_node = prepared.plan.ranks_per_node if job.mode == "per_node" else None
+        ordered_TH = plain_TH
+        if job.mode != "per_expert":
+            ordered_TH = forward(rank_LTK=rank_LTK, ranks_per_node=per_node)
     error = float((output_TH.double() - plain_TH.double()).abs().max()) if len(output_TH) else 0.0
     scale = float(plain_TH.abs().max()) if len(output_TH) else 1.0
     # negated, so that a NaN among the outputs is refused too

@@ -10,11 +10,13 @@ from typing import Any, Literal, get_args
 
 from placer.core.atomic import write_text_atomically
 from placer.core.errors import InputFileError, UsageError
+from placer.core.modes import DISPATCH_MODES, DispatchMode
+from placer.core.schedule import KINDS, Kind, Schedule
 
 __all__ = ["BACKENDS", "DTYPES", "EXECUTION_MODES", "Backend", "DType", "ExecutionMode", "ReplayJob"]
 
-ExecutionMode = Literal["per_expert", "per_rank"]
-"""The dispatch modes that the executor runs; the simulator predicts the others too."""
+ExecutionMode = DispatchMode
+"""The dispatch modes that the executor runs: all."""
 
 Backend = Literal["auto", "gloo", "nccl"]
 """What carries the all-to-all. auto: NCCL where every rank of a machine has a CUDA device of its own, else gloo."""
@@ -22,7 +24,7 @@ Backend = Literal["auto", "gloo", "nccl"]
 DType = Literal["float32", "bfloat16"]
 """Type of weights and hidden states."""
 
-EXECUTION_MODES: tuple[ExecutionMode, ...] = get_args(ExecutionMode)
+EXECUTION_MODES: tuple[ExecutionMode, ...] = DISPATCH_MODES
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES: tuple[DType, ...] = get_args(DType)
 
@@ -39,6 +41,8 @@ class ReplayJob:
     expert_path    .npy of expert_LTK           weight_path   .npy of weight_LTK, or None for equal weights
     source_path    .npy of source_T             result_path   where rank 0 writes the Timeline
     stored_layers  the layer under which each site's experts are stored, length L
+    kind, schedule how the all-to-alls run: the plan's schedule for this kind of iteration, or `schedule` instead
+    realtime       ranks ask the kernel for real-time priority (SCHED_RR, 10), which needs root
 
     Iteration i replays tokens i * tokens_per_iteration and following; `warmup` iterations run before, unrecorded.
     `timeout_s` is how long one collective may take. `verify` makes rank 0 compare all outputs with a single-process
@@ -61,13 +65,16 @@ class ReplayJob:
     verify: bool = True
     backend: Backend = "auto"
     timeout_s: float = 600.0
+    kind: Kind = "prefill"
+    schedule: Schedule | None = None
+    realtime: bool = False
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", EXECUTION_MODES), ("dtype", DTYPES), ("backend", BACKENDS)):
+        choices = (("mode", EXECUTION_MODES), ("dtype", DTYPES), ("backend", BACKENDS), ("kind", KINDS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
-                hint = "; the simulator predicts the other modes" if name == "mode" else ""
-                raise UsageError(f"replay.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}{hint}")
+                raise UsageError(f"replay.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         for name, least in (("tokens_per_iteration", 1), ("iterations", 1), ("warmup", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -82,7 +89,9 @@ class ReplayJob:
 
     def save(self, path: Path) -> None:
         """Writes the job as JSON, whole or not at all."""
-        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        values = asdict(replace(self, schedule=None))
+        schedule = None if self.schedule is None else self.schedule.to_dict()
+        data = {"format": FORMAT, "version": VERSION, **values, "schedule": schedule}
         write_text_atomically(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
     @classmethod
@@ -100,7 +109,9 @@ class ReplayJob:
         if unknown := sorted(set(data) - {item.name for item in fields(cls)}):
             raise InputFileError(f"{path}: unknown field {unknown[0]!r}; remove it or use a newer placer")
         try:
-            job = cls(**data | {"stored_layers": tuple(int(layer) for layer in data["stored_layers"])})
+            schedule = None if data.get("schedule") is None else Schedule.from_dict(data["schedule"])
+            stored = tuple(int(layer) for layer in data["stored_layers"])
+            job = cls(**data | {"stored_layers": stored, "schedule": schedule})
             paths: dict[str, Any] = {name: getattr(job, name) for name in PATHS}
             paths = {name: None if value is None else str(path.parent / value) for name, value in paths.items()}
             return replace(job, **paths)

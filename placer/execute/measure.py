@@ -16,6 +16,7 @@ from placer.core.dispatch import source_ranks
 from placer.core.errors import MismatchError, UsageError
 from placer.core.model import ModelSpec, Site
 from placer.core.plan import Plan
+from placer.core.schedule import Schedule
 from placer.core.timeline import Timeline
 from placer.execute.job import DTYPES, Backend, DType, ExecutionMode, ReplayJob
 from placer.execute.launch import require_torch, run_ranks
@@ -71,6 +72,7 @@ def replay_plans(
     source_T: npt.NDArray[np.integer[Any]] | None = None,
     experts_path: Path | None = None,
     modes: Sequence[ExecutionMode | None] | None = None,
+    schedules: Sequence[Schedule | None] | None = None,
     tokens_per_iteration: int = 1024,
     iterations: int | None = None,
     warmup: int = 1,
@@ -92,6 +94,7 @@ def replay_plans(
     request_id_T or source_T  which rank a token's attention runs on: `source_ranks` of the former, or the latter
     experts_path              a checkpoint; without one, random experts of `hidden_size` and `intermediate_size`
     modes                     dispatch mode for each plan; None means the plan's own
+    schedules                 how each plan's all-to-alls run; None means the plan's own schedule for prefill
     iterations                of `tokens_per_iteration` tokens each, from the trace's first token on; None means as many
                               as the trace fills
     timeout_s                 for the whole launch
@@ -103,6 +106,7 @@ def replay_plans(
     require_torch()
     expert_LTK = np.asarray(expert_LTK)
     modes = [None] * len(plans) if modes is None else modes
+    schedules = [None] * len(plans) if schedules is None else schedules
     iterations = _check_tokens(expert_LTK, weight_LTK, tokens_per_iteration, iterations)
     if not plans or len(modes) != len(plans):
         raise UsageError(f"{len(plans)} plans and {len(modes)} modes; give at least one plan and one mode for each")
@@ -130,7 +134,7 @@ def replay_plans(
             about |= {"experts": Path(experts_path).name, "distinct_expert_layers": len(set(stored))}
         experts_file = folder / "experts.safetensors" if experts_path is None else Path(experts_path)
         jobs = []
-        for index, (plan, mode) in enumerate(zip(plans, modes, strict=True)):
+        for index, (plan, mode, schedule) in enumerate(zip(plans, modes, schedules, strict=True)):
             plan.save(folder / f"plan-{index}.json")
             jobs.append(
                 ReplayJob(
@@ -150,6 +154,7 @@ def replay_plans(
                     verify=verify,
                     backend=backend,
                     timeout_s=timeout_s,
+                    schedule=schedule,
                     about=about,
                 )
             )

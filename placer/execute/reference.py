@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from placer.execute.dispatch import ROW_MULTIPLE
+from placer.execute.dispatch.rows import ROW_MULTIPLE
 from placer.execute.experts import ExpertWeights, swiglu
 
 __all__ = ["attention_stand_in", "hidden_states", "moe_layer", "reference_forward"]
@@ -48,11 +48,13 @@ def moe_layer(
     load: Callable[[int], ExpertWeights],
     *,
     rank_TK: Tensor | None = None,
+    ranks_per_node: int | None = None,
 ) -> Tensor:
     """sum over k ascending of weight_k * expert_k(x), (T, H), float32 inside; entries of -1 count as nothing.
 
     With `rank_TK` (the rank that computes each choice) the sum has the order of `per_rank` dispatch: inside each rank
-    first, rounded to x's type as if sent, then over ranks ascending.
+    first, rounded to x's type as if sent, then over ranks ascending; with `ranks_per_node` that of `per_node`: the same
+    inside each node first, rounded, then over nodes ascending.
     """
     result_TKH = x_TH.new_zeros(*expert_TK.shape, x_TH.shape[1])
     for expert in torch.unique(expert_TK[expert_TK >= 0]).tolist():
@@ -63,9 +65,20 @@ def moe_layer(
     if rank_TK is None:
         return _sum_in_order(result_TKH, weight_TK, expert_TK >= 0).to(x_TH.dtype)
     total_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+    if ranks_per_node is not None:
+        node_TK = torch.where(rank_TK >= 0, rank_TK // ranks_per_node, -1)
+        for node in torch.unique(node_TK[node_TK >= 0]).tolist():
+            inside_TK = torch.where(node_TK == node, rank_TK, -1)
+            total_TH += _sum_over_ranks(result_TKH, weight_TK, inside_TK, x_TH.dtype).to(x_TH.dtype).float()
+        return total_TH.to(x_TH.dtype)
+    return _sum_over_ranks(result_TKH, weight_TK, rank_TK, x_TH.dtype).to(x_TH.dtype)
+
+
+def _sum_over_ranks(result_TKH: Tensor, weight_TK: Tensor, rank_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    total_TH = torch.zeros(result_TKH.shape[0], result_TKH.shape[2], dtype=torch.float32, device=result_TKH.device)
     for rank in torch.unique(rank_TK[rank_TK >= 0]).tolist():
-        total_TH += _sum_in_order(result_TKH, weight_TK, rank_TK == rank).to(x_TH.dtype).float()
-    return total_TH.to(x_TH.dtype)
+        total_TH += _sum_in_order(result_TKH, weight_TK, rank_TK == rank).to(dtype).float()
+    return total_TH
 
 
 def _sum_in_order(result_TKH: Tensor, weight_TK: Tensor, counted_TK: Tensor) -> Tensor:
@@ -85,6 +98,7 @@ def reference_forward(
     *,
     dtype: torch.dtype,
     rank_LTK: Tensor | None = None,
+    ranks_per_node: int | None = None,
 ) -> Tensor:
     """Residual stream (T, H) of all tokens after all layers; `load(site, expert)` gives weights, one at a time."""
     layers, tokens = expert_LTK.shape[:2]
@@ -93,6 +107,13 @@ def reference_forward(
     for layer in range(layers):
         x_TH = attention_stand_in(residual_TH)
         rank_TK = None if rank_LTK is None else rank_LTK[layer]
-        update_TH = moe_layer(x_TH, expert_LTK[layer], weight_LTK[layer], partial(load, layer), rank_TK=rank_TK)
+        update_TH = moe_layer(
+            x_TH,
+            expert_LTK[layer],
+            weight_LTK[layer],
+            partial(load, layer),
+            rank_TK=rank_TK,
+            ranks_per_node=ranks_per_node,
+        )
         residual_TH = residual_TH + update_TH
     return residual_TH

@@ -3,7 +3,7 @@
 Several jobs are measured together: every round runs one iteration of each, in a seeded random order, so that drift of
 the machine falls on all alike (paired comparison). The same code runs on gloo and on NCCL.
 
-Legend: R ranks, I iterations, M marks, L sites.
+Legend: R ranks, I iterations, G spans of one iteration.
 """
 
 import gc
@@ -15,27 +15,28 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from placer.core.errors import ExecutionError, PlacerError, UsageError
 from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
-from placer.execute.dispatch import exchange, metadata_bytes
+from placer.execute.dispatch import Fabric, exchange, metadata_bytes
+from placer.execute.dispatch.lanes import Lanes
 from placer.execute.heartbeat import Heartbeat, die_with
 from placer.execute.job import Backend, ReplayJob
-from placer.execute.loop import Clock, PreparedJob, first_hidden, prepare, run_iteration
+from placer.execute.loop import Clock, PreparedJob, Record, first_hidden, prepare, run_iteration
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
 
 __all__ = ["RankEnvironment", "choose_device", "main"]
 
-IntArray = npt.NDArray[np.int64]
+REALTIME_PRIORITY = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,10 @@ class RankEnvironment:
 
 
 @dataclass(slots=True)
-class Record:
-    """What one rank keeps of one job."""
+class Kept:
+    """What one rank keeps of one job's recorded iterations."""
 
-    times_IM: list[IntArray]
-    counts_IL3: list[IntArray]
+    records: list[Record]
     outputs: list[Tensor]
 
 
@@ -118,30 +118,28 @@ def _watch(environment: RankEnvironment) -> None:
 
 def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
     rank, num_ranks = environment.rank, environment.num_ranks
-    if len({(job.iterations, job.warmup, job.backend) for job in jobs}) > 1:
-        raise UsageError("jobs measured together need the same iterations, warmup and backend")
+    if len({(job.iterations, job.warmup, job.backend, job.realtime) for job in jobs}) > 1:
+        raise UsageError("jobs measured together need the same iterations, warmup, backend and realtime")
+    if jobs[0].realtime:
+        _ask_for_realtime()
     heartbeat = Heartbeat(environment.folder.heartbeats if environment.folder else None, rank)
     device = choose_device(jobs[0].backend, environment, torch.cuda.device_count())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     cache: dict[Any, Any] = {}
     prepared = [prepare(job, rank, num_ranks, device, cache) for job in jobs]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=max(job.timeout_s for job in jobs))
-        )
+        _join(environment, device, max(job.timeout_s for job in jobs))
         # connections are made by the first message on some back ends, and must not be timed
         exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
-        records = _measure(prepared, rank, heartbeat)
+        kept = _measure(prepared, _fabrics(prepared, device), rank, heartbeat)
         heartbeat.finish()
-        timelines = _collect(prepared, records, environment)
+        timelines = _collect(prepared, kept, environment)
         _barrier()
         dist.destroy_process_group()
     except (RuntimeError, MemoryError, OSError) as error:
         # gloo, NCCL, CUDA and the rendezvous all report with these
-        text = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ExecutionError(text) from error
+        raise ExecutionError(_first_line(error)) from error
     if rank == 0:
         _say("checking outputs and writing results")
         for one, (timeline, output_TH) in zip(prepared, timelines, strict=True):
@@ -150,12 +148,55 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
             timeline.save(Path(one.job.result_path))
 
 
-def _measure(prepared: list[PreparedJob], rank: int, heartbeat: Heartbeat) -> list[Record]:
+def _ask_for_realtime() -> None:
+    """Before any thread or process group is made: threads inherit the priority."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
+    except (AttributeError, OSError) as error:
+        raise ExecutionError(
+            f"replay.realtime: this machine refuses SCHED_RR ({error}); run as root, or without realtime"
+        ) from error
+
+
+def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> None:
+    """Joins the group of all ranks, or says within `timeout_s` where the rendezvous is that cannot be had."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    ranks = {"rank": environment.rank, "world_size": environment.num_ranks}
+    try:
+        dist.init_process_group(backend, **ranks, timeout=timedelta(seconds=timeout_s))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise ExecutionError(
+            f"the rendezvous at {where} did not bring {environment.num_ranks} ranks together within {timeout_s:g} s "
+            f"({_first_line(error)}); is every machine started, and can it reach that address?"
+        ) from error
+    except RuntimeError as error:
+        if not _is_own_interface(error):
+            raise
+        name = os.environ.get("GLOO_SOCKET_IFNAME", "of this host's name")
+        raise ExecutionError(
+            f"cannot use network interface {name} ({_first_line(error).rpartition('] ')[2]}); set GLOO_SOCKET_IFNAME "
+            "to one that this machine has"
+        ) from error
+
+
+def _fabrics(prepared: list[PreparedJob], device: torch.device) -> list[Fabric]:
+    """One for each job; nodes of one size share their process groups. Collective."""
+    made = {one.plan.ranks_per_node: Fabric.plain() for one in prepared}
+    for one in prepared:
+        size = one.plan.ranks_per_node
+        two_level = one.job.mode == "per_node" or any(carriage.algorithm == "2dh" for carriage in one.carriage_L)
+        if two_level and made[size].ranks_per_node != size:
+            made[size] = Fabric.create(size, device)
+    return [made[one.plan.ranks_per_node] for one in prepared]
+
+
+def _measure(prepared: list[PreparedJob], fabrics: list[Fabric], rank: int, heartbeat: Heartbeat) -> list[Kept]:
     """Runs every round; what was recorded of each job."""
     first = prepared[0].job
     rng = np.random.default_rng(first.seed)
-    records = [Record([], [], []) for _ in prepared]
-    clock = Clock(prepared[0].device)
+    kept = [Kept([], []) for _ in prepared]
+    clock, lanes = Clock(prepared[0].device), Lanes(prepared[0].device)
     said_ns = time.monotonic_ns()
     gc.collect()
     gc.disable()
@@ -163,49 +204,48 @@ def _measure(prepared: list[PreparedJob], rank: int, heartbeat: Heartbeat) -> li
         recorded = round_ >= first.warmup
         index = round_ - first.warmup if recorded else round_ % first.iterations
         for turn, position in enumerate(rng.permutation(len(prepared)).tolist()):
-            one, record = prepared[position], records[position]
+            one = prepared[position]
             hidden_TH = first_hidden(one, index)
             step = round_ * len(prepared) + turn
             heartbeat.beat(step, 0, 0)
             _barrier()
-            counts_L3, output_TH = run_iteration(
-                one, index, hidden_TH, rank, clock, lambda layer, phase, at=step: heartbeat.beat(at, layer, phase)
+            record, output_TH = run_iteration(
+                one, index, hidden_TH, fabrics[position], lanes, clock, partial(heartbeat.beat, step)
             )
             if recorded:
-                record.times_IM.append(clock.read_ns())
-                record.counts_IL3.append(counts_L3)
+                kept[position].records.append(record)
                 if one.job.verify:
-                    record.outputs.append(output_TH)
+                    kept[position].outputs.append(output_TH)
         if rank == 0 and time.monotonic_ns() - said_ns > 1_000_000_000:
             said_ns = time.monotonic_ns()
             _say(f"round {round_ + 1} of {first.warmup + first.iterations}")
     gc.enable()
-    return records
+    lanes.close()
+    return kept
 
 
 def _collect(
-    prepared: list[PreparedJob], records: list[Record], environment: RankEnvironment
+    prepared: list[PreparedJob], kept: list[Kept], environment: RankEnvironment
 ) -> list[tuple[Any, Tensor | None]]:
     """Each job's Timeline and its outputs (None where not verified), on rank 0; nothing elsewhere. Collective."""
     rank, num_ranks = environment.rank, environment.num_ranks
     host_R = gather_to_first(np.array([_host_id(rank)], dtype=np.int64), rank, num_ranks)
     gathered = []
-    for one, record in zip(prepared, records, strict=True):
-        time_RIM = gather_to_first(np.stack(record.times_IM), rank, num_ranks)
-        count_RIL3 = gather_to_first(np.stack(record.counts_IL3), rank, num_ranks)
-        home_RI = gather_to_first(np.array([len(b.token_T) for b in one.batches], dtype=np.int64), rank, num_ranks)
-        output_TH = gather_outputs(one, record.outputs, rank) if one.job.verify else None
-        if time_RIM is not None and host_R is not None:
-            gathered.append((one, align_clocks(time_RIM, host_R[:, 0]), count_RIL3, home_RI, output_TH))
+    for one, mine in zip(prepared, kept, strict=True):
+        time_RIG2 = gather_to_first(np.stack([record.time_G2 for record in mine.records]), rank, num_ranks)
+        count_RIG3 = gather_to_first(np.stack([record.count_G3 for record in mine.records]), rank, num_ranks)
+        output_TH = gather_outputs(one, mine.outputs, rank) if one.job.verify else None
+        if time_RIG2 is not None and host_R is not None:
+            gathered.append((one, mine.records[0], align_clocks(time_RIG2, host_R[:, 0]), count_RIG3, output_TH))
     if host_R is None:
         return []
-    zero_ns = min(int(time_RIM.min()) for _, time_RIM, *_ in gathered)
+    zero_ns = min(int(time_RIG2.min()) for _, _, time_RIG2, *_ in gathered)
     result = []
-    for one, time_RIM, count_RIL3, home_RI, output_TH in gathered:
-        assert count_RIL3 is not None
-        assert home_RI is not None
+    for one, record, time_RIG2, count_RIG3, output_TH in gathered:
+        assert count_RIG3 is not None
         about = _about(one, environment, len(np.unique(host_R)))
-        timeline = build_timeline(time_RIM - zero_ns, count_RIL3, home_RI, about["token_bytes"], about)
+        spans = (record.layer_G, record.phase_G)
+        timeline = build_timeline(time_RIG2 - zero_ns, count_RIG3, *spans, about["token_bytes"], about)
         result.append((timeline, output_TH))
     return result
 
@@ -218,6 +258,9 @@ def _about(one: PreparedJob, environment: RankEnvironment, hosts: int) -> dict[s
         **job.about,
         "source": "measured",
         "mode": job.mode,
+        "kind": job.kind,
+        "algorithms": [carriage.algorithm for carriage in one.carriage_L],
+        "degrees": list(one.degree_L),
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
         "plan_sha256": plan.sha256,
@@ -226,6 +269,7 @@ def _about(one: PreparedJob, environment: RankEnvironment, hosts: int) -> dict[s
         "iterations": job.iterations,
         "warmup": job.warmup,
         "seed": job.seed,
+        "realtime": job.realtime,
         "dtype": job.dtype,
         "weight_bytes": width,
         "activation_bytes": width,
@@ -256,7 +300,17 @@ def _host_id(rank: int) -> int:
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return gone and not _is_own_interface(error)
+
+
+def _is_own_interface(error: RuntimeError) -> bool:
+    # gloo's only words for an interface without address, or one that cannot be bound, are where it checks
+    return "transport/tcp/device.cc" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _say(text: str) -> None:

@@ -7,17 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placer.core.dispatch import assign_layer, layer_traffic
-from placer.execute import dispatch as dispatch_module
-from placer.execute.dispatch import (
-    ROW_MULTIPLE,
-    _expert_rows,
-    _pack,
-    _unpack,
-    combine,
-    dispatch,
-    metadata_bytes,
-    weighted_sum,
-)
+from placer.execute.dispatch import ROW_MULTIPLE, combine, dispatch, fabric, metadata_bytes, weighted_sum
+from placer.execute.dispatch.rows import expert_rows, fan_out, pack, unpack
 from placer.execute.experts import ExpertWeights, grouped_ffn, swiglu
 from placer.execute.reference import attention_stand_in, hidden_states, moe_layer
 
@@ -45,7 +36,7 @@ def run_layer(helpers, monkeypatch, case):
         return own, combine(grouped_ffn(rows_XH, rows_P, held), metadata), metadata
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch_module, "dist", ranks)
+        patch.setattr(fabric, "dist", ranks)
         results = ranks.run(one)
     y_TH = torch.full_like(case["x_TH"], float("nan"))
     for own, own_y_TH, _ in results:
@@ -135,10 +126,9 @@ def test_any_plan_equals_the_reference_and_moves_what_the_core_counts(
     traffic, _ = layer_traffic(
         case["slots"], mode, case["slot_TK"].numpy(), case["source_T"], np.zeros(tokens, dtype=np.int64), 1
     )
-    sent_RR = np.array([m.send_R for m in metadata])
-    np.testing.assert_array_equal(np.array([m.receive_R for m in metadata]).T, sent_RR)
-    np.fill_diagonal(sent_RR, 0)
-    np.testing.assert_array_equal(sent_RR, traffic.legs_WRR[0][0])
+    sent_RR = sum(leg[0] for leg in traffic.legs_WRR)
+    assert [m.sent for m in metadata] == sent_RR.sum(axis=1).tolist()
+    assert [m.received for m in metadata] == sent_RR.sum(axis=0).tolist()
     assert [m.pairs for m in metadata] == traffic.tokens_WP[0].reshape(ranks, -1).sum(axis=1).tolist()
 
 
@@ -184,37 +174,60 @@ def test_one_copy_per_rank_against_one_per_expert(helpers, monkeypatch):
     sent = {}
     for mode in ("per_expert", "per_rank"):
         _, metadata = run_layer(helpers, monkeypatch, {**case, "mode": mode})
-        sent[mode] = metadata[0].send_R
+        sent[mode] = metadata[0].sent
         assert metadata[1].pairs == 15
-    assert sent == {"per_expert": [0, 15], "per_rank": [0, 5]}
+    assert sent == {"per_expert": 15, "per_rank": 5}
 
 
-@given(slots=st.lists(st.integers(0, 4), max_size=60))
+@given(slots=st.lists(st.integers(-1, 4), max_size=60))
 def test_expert_rows_are_slot_by_slot_padded_and_stable(slots):
-    slot_N = torch.tensor(slots, dtype=torch.int64)
-    row_N, rows_P = _expert_rows(slot_N, 5)
+    slot_CK = torch.tensor(slots, dtype=torch.int64)[:, None]
+    count_P = np.array([slots.count(p) for p in range(5)])
+    x_CH = torch.arange(1.0, len(slots) + 1)[:, None]
+    rows_XH, rows_P, row_CK = expert_rows(x_CH, slot_CK, count_P)
     assert all(rows % ROW_MULTIPLE == 0 and 0 <= rows - slots.count(p) < ROW_MULTIPLE for p, rows in enumerate(rows_P))
     starts = np.cumsum([0, *rows_P])
+    assert len(rows_XH) == starts[-1] + 1
     for slot in range(5):
-        mine = row_N[slot_N == slot].tolist()
+        mine = row_CK[slot_CK[:, 0] == slot, 0].tolist()
         assert mine == list(range(starts[slot], starts[slot] + len(mine)))
+    taken = row_CK[slot_CK[:, 0] >= 0, 0]
+    assert torch.equal(rows_XH[taken], x_CH[slot_CK[:, 0] >= 0])
+    assert rows_XH.sum() == rows_XH[taken].sum()
+    assert (row_CK[slot_CK[:, 0] < 0] == len(rows_XH) - 1).all()
+
+
+@given(seed=st.integers(0, 99), rows=st.integers(0, 12), destinations=st.integers(1, 5))
+def test_copies_fan_out_by_destination_and_find_their_way_back(seed, rows, destinations):
+    touched_TD = torch.rand(rows, destinations, generator=torch.Generator().manual_seed(seed)) < 0.4
+    pairs = [(d, t) for d in range(destinations) for t in range(rows) if touched_TD[t, d]]
+    destination_C, row_C, back_TJ = fan_out(touched_TD, len(pairs), destinations)
+    assert list(zip(destination_C.tolist(), row_C.tolist(), strict=True)) == pairs
+    for t in range(rows):
+        found = [copy for copy in back_TJ[t].tolist() if copy < len(pairs)]
+        assert [pairs[copy] for copy in found] == [(d, t) for d in range(destinations) if touched_TD[t, d]]
 
 
 @given(
     copies=st.integers(0, 5),
     top_k=st.integers(1, 4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    named=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_packing_a_copy_loses_nothing(copies, top_k, dtype, seed):
+def test_packing_a_copy_loses_nothing(copies, top_k, dtype, named, seed):
     generator = torch.Generator().manual_seed(seed)
     x_CH = torch.randn(copies, 6, generator=generator).to(dtype)
     slot_CK = torch.randint(-1, 300, (copies, top_k), generator=generator)
     weight_CK = torch.rand(copies, top_k, generator=generator)
-    packed = _pack(x_CH, slot_CK, weight_CK)
-    assert packed.shape == (copies, 6 * dtype.itemsize + metadata_bytes("per_rank", top_k))
-    for found, given_ in zip(_unpack(packed, top_k, dtype), (x_CH, slot_CK, weight_CK), strict=True):
-        assert torch.equal(found, given_)
+    name_C = torch.randint(0, 1 << 30, (copies,), generator=generator) if named else None
+    packed = pack(x_CH, slot_CK, weight_CK, name_C)
+    mode = "coherent" if named else "per_rank"
+    assert packed.shape == (copies, 6 * dtype.itemsize + metadata_bytes(mode, top_k))
+    *found, name = unpack(packed, top_k, dtype, named=named)
+    for one, given_ in zip(found, (x_CH, slot_CK, weight_CK), strict=True):
+        assert torch.equal(one, given_)
+    assert name is None if name_C is None else torch.equal(name, name_C)
     assert metadata_bytes("per_expert", top_k) == 0
 
 

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placer.core.errors import ExecutionError, InputFileError, MismatchError, UsageError
+from placer.core.schedule import Rounds, Schedule
 from placer.core.timeline import PHASES
 from placer.execute import ReplayJob, measure, replay, replay_plans, run_ranks, worker
 from placer.execute.collect import align_clocks, build_timeline
 from placer.execute.heartbeat import Heartbeat, create_heartbeats, read_heartbeats, stage
 from placer.execute.launch import _diagnose, _hanging
-from placer.execute.loop import load_routing
 from placer.execute.protocol import RunFolder
+from placer.execute.routing import load_routing
 from placer.execute.worker import RankEnvironment, choose_device
 
 JOB = ReplayJob(
@@ -36,13 +37,18 @@ JOB = ReplayJob(
 
 
 def test_a_job_file_keeps_everything_and_moves_with_its_folder(tmp_path):
-    job = replace(JOB, seed=3, about={"model": "toy"}, weight_path="w.npy", dtype="bfloat16")
+    rounds = Rounds(to_GR=np.array([[1, 0]]), share_GR=np.ones((1, 2)))
+    schedule = Schedule(algorithm_L=("rounds", "2dh"), degree_L=(1, 3), rounds_L=(rounds, None))
+    job = replace(
+        JOB, seed=3, about={"model": "toy"}, weight_path="w.npy", dtype="bfloat16", kind="decode", schedule=schedule
+    )
     job.save(tmp_path / "job.json")
     read = ReplayJob.load(tmp_path / "job.json")
     assert read.plan_path == str(tmp_path / "plan.json")
     assert read.weight_path == str(tmp_path / "w.npy")
     assert read.experts_path == "/elsewhere/experts.safetensors"
-    assert ReplayJob.load(tmp_path / "job.json") == read
+    assert read.schedule.to_dict() == schedule.to_dict()
+    read = replace(read, schedule=schedule)
     assert read.num_tokens == 16
     paths = ("plan_path", "expert_path", "source_path", "weight_path", "result_path")
     assert replace(read, **{name: getattr(job, name) for name in paths}) == job
@@ -51,7 +57,8 @@ def test_a_job_file_keeps_everything_and_moves_with_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"mode": "allgather"}, "per_expert, per_rank; the simulator"),
+        ({"mode": "per_token"}, "per_node, coherent, allgather"),
+        ({"kind": "training"}, "prefill, decode"),
         ({"dtype": "float16"}, "float32, bfloat16"),
         ({"backend": "mpi"}, "auto, gloo, nccl"),
         ({"iterations": 0}, "at least 1"),
@@ -123,8 +130,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(replay_arguments, h
     refused(MismatchError, "source ranks go from 0 to 2", request_id_T=None, source_T=np.arange(32) % 3)
     refused(MismatchError, "source ranks for 32 tokens", request_id_T=None, source_T=np.arange(31) % 2)
     refused(UsageError, "'float64'", dtype="float64")
-    refused(UsageError, "mode is 'coherent'", mode="coherent")
-    refused(UsageError, "mode is 'allgather'", plan=replace(plan, mode="allgather"))
+    refused(UsageError, "mode is 'per_token'", mode="per_token")
     refused(UsageError, "has 2 axes", expert_LTK=expert_LTK[0])
     with pytest.raises(UsageError, match="2 plans and 1 modes"):
         replay_plans([plan, plan], expert_LTK, modes=["per_rank"], tokens_per_iteration=8, **options)
@@ -317,20 +323,28 @@ def test_a_heartbeat_without_a_file_goes_nowhere():
 )
 def test_clocks_of_other_hosts_are_set_by_the_barrier(skew, hosts):
     """Three iterations in which all ranks leave the barrier together; each host's clock has its own zero."""
-    true_RIM = np.arange(3)[None, :, None] * 10_000 + np.arange(5) * 100 + np.zeros((4, 1, 1), dtype=np.int64)
-    true_RIM[:, :, 1:] += np.arange(4)[:, None, None]
+    true_RIG2 = (
+        np.arange(3)[:, None, None] * 10_000
+        + np.arange(10).reshape(5, 2) * 100
+        + np.zeros((4, 1, 1, 1), dtype=np.int64)
+    )
+    true_RIG2[:, :, 1:] += np.arange(4)[:, None, None, None]
     offset_R = np.array([skew[host] for host in hosts])
-    aligned = align_clocks(true_RIM + offset_R[:, None, None], np.array(hosts))
-    np.testing.assert_array_equal(aligned, true_RIM + offset_R[0])
+    aligned = align_clocks(true_RIG2 + offset_R[:, None, None, None], np.array(hosts))
+    np.testing.assert_array_equal(aligned, true_RIG2 + offset_R[0])
 
 
 def test_a_timeline_has_every_span_its_bytes_and_its_tokens():
-    time_RIM = np.zeros((2, 1, 9), dtype=np.int64)
-    time_RIM[0, 0] = [0, 10, 20, 30, 40, 50, 60, 70, 80]
-    time_RIM[1, 0] = [1, 11, 22, 33, 44, 55, 66, 77, 88]
-    count = np.array([[[[3, 5, 9], [4, 6, 10]]], [[[5, 3, 7], [6, 4, 8]]]])
+    mark_RM = np.array([[0, 10, 20, 30, 40, 50, 60, 70, 80], [1, 11, 22, 33, 44, 55, 66, 77, 88]])
+    time_RIG2 = np.stack([mark_RM[:, :-1], mark_RM[:, 1:]], axis=-1)[:, None]
+    count_RIG3 = np.zeros((2, 1, 8, 3), dtype=np.int64)
+    count_RIG3[0, 0, :4] = [(0, 0, 12), (3, 5, 3), (0, 0, 9), (5, 3, 5)]
+    count_RIG3[1, 0, 2] = (0, 0, 7)
+    count_RIG3[1, 0, 7] = (4, 6, 4)
     about = {"source": "measured", "mode": "per_rank", "num_ranks": 2}
-    timeline = build_timeline(time_RIM, count, np.array([[12], [13]]), 100, about)
+    attention, send, experts, back = (PHASES.index(p) for p in ("attention", "dispatch", "experts", "combine"))
+    layers, phases = np.repeat([0, 1], 4), np.tile([attention, send, experts, back], 2)
+    timeline = build_timeline(time_RIG2, count_RIG3, layers, phases, 100, about)
     assert timeline.start_ns.tolist() == sorted(timeline.start_ns.tolist())
     spans = list(
         zip(
@@ -351,7 +365,6 @@ def test_a_timeline_has_every_span_its_bytes_and_its_tokens():
         )
     )
     assert len(spans) == 16
-    attention, send, experts, back = (PHASES.index(p) for p in ("attention", "dispatch", "experts", "combine"))
     assert (0, attention, 0, 0, 10, 0, 0, 12) in spans
     assert (0, send, 0, 10, 10, 300, 500, 3) in spans
     assert (0, experts, 1, 22, 11, 0, 0, 7) in spans

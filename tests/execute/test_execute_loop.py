@@ -8,8 +8,9 @@ from placer.core.errors import ExecutionError, MismatchError
 from placer.execute import ReplayJob, write_random_experts
 from placer.execute.collect import judge_outputs
 from placer.execute.experts import ExpertFile
-from placer.execute.loop import first_hidden, load_routing, prepare
+from placer.execute.loop import first_hidden, prepare
 from placer.execute.reference import reference_forward
+from placer.execute.routing import load_routing
 
 CPU = torch.device("cpu")
 
