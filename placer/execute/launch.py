@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import os
 import re
+import secrets
 import select
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,12 @@ from placer.execute.heartbeat import create_heartbeats, read_heartbeats, stage
 from placer.execute.job import ReplayJob
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
 
-__all__ = ["WORKER", "require_torch", "run_ranks"]
+__all__ = ["WORKER", "Host", "launch", "require_torch", "run_ranks"]
 
 WORKER = ("-m", "placer.execute.worker")
 GRACE_S = 5.0
+VICTIMS_S = 3.0
+RENDEZVOUS_S = 120
 KEPT_LINES = 4000
 LEFT_BEHIND = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
 
@@ -38,6 +42,19 @@ def require_torch() -> None:
         raise DependencyError("measured runs need PyTorch, which is not installed; pip install 'placer[torch]'")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One node of a launch: `prefix` puts a command there, `address` and `interface` are how other nodes reach it.
+
+    Hosts share this machine's file system and process ids: they are namespaces (`ip netns exec NAME`).
+    """
+
+    prefix: tuple[str, ...]
+    address: str
+    interface: str
+    ranks: int
+
+
 def run_ranks(
     jobs: Sequence[ReplayJob],
     *,
@@ -45,70 +62,151 @@ def run_ranks(
     timeout_s: float,
     progress: Callable[[str], None] | None = None,
     entry: Sequence[str] = WORKER,
+    hosts: Sequence[Host] = (),
 ) -> list[Timeline]:
     """The Timeline of each job, all measured in one launch of `num_ranks` ranks on this machine.
 
-    Starts `torchrun --standalone` in a process group of its own, `entry` being what it runs. `progress` gets a line of
-    text now and then. On a failed, dead or hanging rank, at `timeout_s` and on Ctrl-C every process is ended, within
-    10 seconds, and all temporary files are removed. Ranks also end by themselves when this process is killed.
-
-    Raises ExecutionError naming the rank and the reason; where a rank refused its input, the rank's own error.
+    `entry` is what every rank runs, on `hosts` where given; see `launch` for how it ends. Raises ExecutionError naming
+    the rank and the reason; where a rank refused its input, the rank's own error.
     """
-    require_torch()
-    if num_ranks < 1 or not timeout_s > 0:
-        raise UsageError(f"num_ranks is {num_ranks}, timeout_s {timeout_s}; both must be positive")
-    with tempfile.TemporaryDirectory(prefix="placer-run-", ignore_cleanup_errors=True) as name:
-        folder = RunFolder(Path(name))
-        create_heartbeats(folder.heartbeats, num_ranks)
+    with _run_folder(num_ranks, timeout_s, hosts) as folder:
         paths = [folder.path / f"job-{index}.json" for index in range(len(jobs))]
         for job, path in zip(jobs, paths, strict=True):
             job.save(path)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-        command += ["--nproc-per-node", str(num_ranks), *entry, *map(str, paths)]
-        with folder.lock.open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _supervise(command, folder, num_ranks, timeout_s, progress)
+        line = [*entry, *map(str, paths)]
+        _supervise(_commands(line, num_ranks, hosts), folder, num_ranks, timeout_s, progress)
         return [Timeline.load(Path(job.result_path)) for job in jobs]
 
 
+def launch(
+    command: Sequence[str],
+    *,
+    num_ranks: int,
+    timeout_s: float,
+    progress: Callable[[str], None] | None = None,
+    hosts: Sequence[Host] = (),
+) -> None:
+    """Runs `command` (what follows `python` on a command line) once on every rank, and returns when all have ended.
+
+    One torchrun for this machine, or one for each of `hosts`, whose ranks are numbered host by host; each in a process
+    group of its own. `progress` gets a line of text now and then. On a failed, dead or hanging rank, at `timeout_s` and
+    on Ctrl-C every process is ended, within 10 seconds, and all temporary files are removed. Ranks also end by
+    themselves when this process is killed.
+
+    Raises ExecutionError naming the rank and the reason; where a rank gave a reason, the rank's own error.
+    """
+    with _run_folder(num_ranks, timeout_s, hosts) as folder:
+        _supervise(_commands(command, num_ranks, hosts), folder, num_ranks, timeout_s, progress)
+
+
+@contextlib.contextmanager
+def _run_folder(num_ranks: int, timeout_s: float, hosts: Sequence[Host]) -> Iterator[RunFolder]:
+    """The folder of one launch, its lock held, after what can be refused beforehand was."""
+    require_torch()
+    if num_ranks < 1 or not timeout_s > 0:
+        raise UsageError(f"num_ranks is {num_ranks}, timeout_s {timeout_s}; both must be positive")
+    if hosts and sum(host.ranks for host in hosts) != num_ranks:
+        raise UsageError(f"num_ranks is {num_ranks}, the hosts have {sum(h.ranks for h in hosts)}; start as many")
+    with tempfile.TemporaryDirectory(prefix="placer-run-", ignore_cleanup_errors=True) as name:
+        folder = RunFolder(Path(name))
+        create_heartbeats(folder.heartbeats, num_ranks)
+        with folder.lock.open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+
+def _commands(command: Sequence[str], num_ranks: int, hosts: Sequence[Host]) -> list[tuple[list[str], dict[str, str]]]:
+    """The command line of each torchrun, and the variables that it needs beside everybody's."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    # all ranks are on this machine: a host name that does not resolve must not matter
+    if not hosts:
+        line = [*torchrun, "--standalone", "--local-addr", "localhost", "--nproc-per-node", str(num_ranks), *command]
+        return [(line, {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"})]
+    port = 20_000 + secrets.randbelow(10_000)
+    shared = ["--nnodes", str(len(hosts)), "--master-addr", hosts[0].address, "--master-port", str(port)]
+    shared += ["--rdzv-backend", "static", "--rdzv-conf", f"timeout={RENDEZVOUS_S}"]
+    lines = []
+    for index, host in enumerate(hosts):
+        own = ["--node-rank", str(index), "--nproc-per-node", str(host.ranks), "--local-addr", host.address]
+        line = [*host.prefix, *torchrun, *shared, *own, *command]
+        lines.append((line, {"GLOO_SOCKET_IFNAME": host.interface}))
+    return lines
+
+
+class _Torchrun:
+    """One torchrun and what it has written so far."""
+
+    def __init__(self, line: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            line,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.pipe = self.process.stdout
+        self.open = True
+        self._rest = ""
+
+    def fileno(self) -> int:
+        """For select."""
+        return self.pipe.fileno()
+
+    def read(self) -> list[str]:
+        """The lines that have come; call it when there is something to read."""
+        chunk = os.read(self.fileno(), 1 << 16).decode("utf-8", "replace")
+        self.open = bool(chunk)
+        *whole, self._rest = (self._rest + chunk + ("" if chunk else "\n")).split("\n")
+        return whole
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended and everything that it wrote was read (or is held open by somebody else)."""
+        return self.process.poll() is not None and not (self.open and select.select([self], [], [], 0)[0])
+
+
 def _supervise(
-    command: list[str], folder: RunFolder, num_ranks: int, timeout_s: float, progress: Callable[[str], None] | None
+    commands: list[tuple[list[str], dict[str, str]]],
+    folder: RunFolder,
+    num_ranks: int,
+    timeout_s: float,
+    progress: Callable[[str], None] | None,
 ) -> None:
     """Waits for the ranks; whatever ends the wait, no process is left when this returns or raises."""
     lines: deque[str] = deque(maxlen=KEPT_LINES)
     deadline = time.monotonic() + timeout_s
-    process = subprocess.Popen(
-        command,
-        env=_environment(folder, num_ranks),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    environment = _environment(folder, num_ranks)
+    running: list[_Torchrun] = []
+    victims_until: float | None = None
     try:
-        assert process.stdout is not None
-        rest = ""
+        for command, variables in commands:
+            running.append(_Torchrun(command, variables | environment))
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise ExecutionError(_hanging(folder, num_ranks, timeout_s))
-            if select.select([process.stdout], [], [], min(0.1, left_s))[0]:
-                chunk = os.read(process.stdout.fileno(), 1 << 16).decode("utf-8", "replace")
-                *whole, rest = (rest + chunk).split("\n")
-                for line in whole:
+            readable = select.select([one for one in running if one.open], [], [], min(0.1, left_s))[0]
+            for one in readable:
+                for line in one.read():
                     _keep(line, lines, progress)
-                if chunk:
-                    continue
-            if process.poll() is not None:
-                break
-            if not select.select([process.stdout], [], [], 0)[0]:
+            if readable:
                 continue
-            time.sleep(0.05)  # the pipe is closed, but torchrun has not ended yet
-        _keep(rest, lines, progress)
-        if process.returncode:
-            raise _diagnose(folder, process.returncode, list(lines))
+            failed = [one.process.returncode for one in running if one.ended and one.process.returncode]
+            if all(one.ended for one in running):
+                break
+            if failed:
+                # a host that lost contact may end before the one where it began
+                victims_until = victims_until or time.monotonic() + VICTIMS_S
+                if _root_cause(folder, list(lines)) or time.monotonic() > victims_until:
+                    break
+            if not any(one.open for one in running):
+                time.sleep(0.05)
+        if failed:
+            raise _diagnose(folder, failed[0], list(lines))
     finally:
-        _end(process, folder)
+        _end(running, folder)
 
 
 def _keep(line: str, lines: deque[str], progress: Callable[[str], None] | None) -> None:
@@ -124,23 +222,27 @@ def _environment(folder: RunFolder, num_ranks: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # more threads than cores would make ranks wait for each other inside the experts
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
-    # all ranks are on this machine: a host name that does not resolve must not matter
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     return environment
 
 
-def _end(process: subprocess.Popen[bytes], folder: RunFolder) -> None:
+def _end(running: Sequence[_Torchrun], folder: RunFolder) -> None:
     """Ends torchrun and its ranks: politely, then for certain. torchrun gives every rank a session of its own."""
     ranks = [int(pid) for pid in read_heartbeats(folder.heartbeats)[:, 0] if pid]
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=GRACE_S)
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    deadline = time.monotonic() + GRACE_S
+    for one in running:
+        if one.process.poll() is None:
+            _signal_group(one.process.pid, signal.SIGTERM)
+    while any(one.process.poll() is None for one in running) and time.monotonic() < deadline:
+        # a full pipe would keep torchrun from ending
+        for one in select.select([one for one in running if one.open], [], [], 0.05)[0]:
+            one.read()
+        if not any(one.open for one in running):
+            time.sleep(0.05)
+    for one in running:
+        if one.process.poll() is None:
+            _signal_group(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+        one.pipe.close()
     left = [pid for pid in ranks if _is_ours(pid, folder)]
     for pid in left:
         _signal_group(pid, signal.SIGKILL)
@@ -175,8 +277,8 @@ def _hanging(folder: RunFolder, num_ranks: int, timeout_s: float) -> str:
     return f"{num_ranks} ranks did not finish within {timeout_s:g} s; {where}; raise the timeout or look at that rank"
 
 
-def _diagnose(folder: RunFolder, code: int, lines: list[str]) -> PlacerError:
-    """The error that explains why torchrun ended with `code`, blaming the first cause and not its victims."""
+def _root_cause(folder: RunFolder, lines: list[str]) -> PlacerError | None:
+    """The error of the rank where it began, if that is known by now."""
     reports = folder.reports()
     for report in reports:
         if not report.lost_contact:
@@ -190,8 +292,16 @@ def _diagnose(folder: RunFolder, code: int, lines: list[str]) -> PlacerError:
         rank, exit_code = int(rank_text), int(exit_text)
         if exit_code != -signal.SIGTERM and rank not in explained and rank < len(rows):
             return ExecutionError(f"rank {rank} died ({_cause(exit_code)}) at: {stage(rows[rank])}")
-    if reports:
+    return None
+
+
+def _diagnose(folder: RunFolder, code: int, lines: list[str]) -> PlacerError:
+    """The error that explains why torchrun ended with `code`, blaming the first cause and not its victims."""
+    if cause := _root_cause(folder, lines):
+        return cause
+    if reports := folder.reports():
         return ExecutionError(f"rank {reports[0].rank} lost contact with the others: {reports[0].message}")
+    rows = read_heartbeats(folder.heartbeats)
     last = next((line.strip() for line in reversed(lines) if line.strip(" =-")), "it printed nothing")
     behind = np.flatnonzero(rows[:, 0] == 0)
     started = f"rank {behind[0]} never started" if len(behind) else "all ranks had started"
