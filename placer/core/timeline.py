@@ -92,16 +92,19 @@ class Timeline:
         return last - first
 
     def phase_ns(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Per phase and iteration, the sum over layers of the slowest rank's span, (iterations,) each."""
+        """Per phase and iteration, the sum over layers of the slowest rank's spans, (iterations,) each.
+
+        A rank has several spans of one phase where the layer is pipelined: they are added up before ranks are compared.
+        """
         result: dict[str, npt.NDArray[np.int64]] = {}
-        layers = int(self.layer.max()) + 2 if len(self.layer) else 1
+        layers, ranks = int(self.layer.max(initial=-1)) + 2, int(self.rank.max(initial=0)) + 1
         for code, name in enumerate(PHASES):
             pick = self.phase == code
             if not pick.any():
                 continue
-            slowest = np.zeros((self.num_iterations, layers), dtype=np.int64)
-            np.maximum.at(slowest, (self.iteration[pick], self.layer[pick] + 1), self.duration_ns[pick])
-            result[name] = slowest.sum(axis=1)
+            spent = np.zeros((self.num_iterations, layers, ranks), dtype=np.int64)
+            np.add.at(spent, (self.iteration[pick], self.layer[pick] + 1, self.rank[pick]), self.duration_ns[pick])
+            result[name] = spent.max(axis=2).sum(axis=1)
         return result
 
     def to_json(self) -> str:
