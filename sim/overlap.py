@@ -38,9 +38,7 @@ def overlap_stages(degree: int, times_W: list[ChunkTimes]) -> list[Stage]:
         stages.append(Stage(0, PHASES.index(phase), none_WR, work_WR=work_WR, stream=stream, after=after))
         return len(stages) - 1
 
-    ready = [
-        add("dispatch", "gather_ns", INSIDE, add("dispatch", "a2a_ns", NETWORK)) for _ in range(degree)
-    ]
+    ready = [add("dispatch", "gather_ns", INSIDE, add("dispatch", "a2a_ns", NETWORK)) for _ in range(degree)]
     if any(times.gradient_ns for times in times_W):
         add("gather", "gradient_ns", NETWORK)
     ready = [add("experts", "experts_ns", COMPUTE, before) for before in ready]
