@@ -1,89 +1,105 @@
-"""Fidelity `phase`: one SimPy process per rank; a rank goes on as soon as what it needs is there.
+"""Fidelity `phase`: a rank goes on, on each of its streams, as soon as what it needs is there.
 
 Legend: W windows (iterations), G stages, R ranks, X legs. No barrier between phases or layers; one between iterations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import simpy
 
-from sim.ports import Ports, arrive, open_ports
-from sim.stages import Stage, StageTimes
+from sim.ports import arrive, open_ports
+from sim.stages import Stage, StageTimes, needs_of
 from sim.traffic import Work
 
 __all__ = ["phase_times"]
 
 
-class _Departure(simpy.Event):
-    """One rank's leave from a leg: waited for before its time is known, then set for that time."""
-
-    def leave_at(self, time_ns: int) -> None:
-        """Fires at `time_ns`; the clock never runs back."""
-        assert time_ns >= self.env.now, "a rank would leave before its last copy was handed in"
-        self._ok, self._value = True, None
-        self.env.schedule(self, delay=time_ns - self.env.now)
-
-
-class _Legs:
-    """The ports with the waiting ranks' events: the one seam between the arithmetic and SimPy."""
-
-    __slots__ = ("_env", "_leaves_R2", "_ports", "_waiting_R")
-
-    def __init__(self, env: simpy.Environment, ports: Ports) -> None:
-        self._env = env
-        self._ports = ports
-        ranks = len(ports.node_R)
-        self._waiting_R = [_Departure(env) for _ in range(ranks)]
-        self._leaves_R2 = np.zeros((ranks, 2), dtype=np.int64)
-
-    def pass_leg(self, leg: int, rank: int) -> _Departure:
-        """The event on which `rank`, ready for `leg` now, may go on."""
-        departure = self._waiting_R[rank] = _Departure(self._env)
-        count = arrive(self._ports, leg, rank, self._env.now, self._leaves_R2)
-        for other, time_ns in self._leaves_R2[:count].tolist():
-            self._waiting_R[other].leave_at(time_ns)
-        return departure
-
-
 def phase_times(work: Work, stages: list[Stage], progress: Callable[[int, int], None] | None = None) -> StageTimes:
     """Starts and ends of every stage when no rank waits for more than what it needs (see sim.ports).
 
-    Never later than fidelity `port`, and equal to it where all ranks have equal work and traffic.
-    Events: one per rank and stage with local work, one per rank and leg.
+    Never later than fidelity `port`, stage by stage, and equal to it where all ranks have equal work and traffic.
+    Events: one per rank and stage with local work, one per rank and leg. Cost O(X R^2 + G R log R) an iteration.
     """
     shape = (work.windows, len(stages), work.cluster.num_ranks)
     start_WGR, end_WGR = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    needs_G = needs_of(stages)
     for window in range(work.windows):
-        start_WGR[window], end_WGR[window] = _iteration(work, stages, window)
+        iteration = _Iteration(work, stages, needs_G, window)
+        start_WGR[window], end_WGR[window] = iteration.run()
         if progress is not None:
             progress(window + 1, work.windows)
     return StageTimes(start_WGR, end_WGR, end_WGR.max(axis=(1, 2)))
 
 
-def _iteration(work: Work, stages: list[Stage], window: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Starts and ends (G, R) of one iteration."""
-    env = simpy.Environment()
-    ranks = work.cluster.num_ranks
-    legs = _Legs(env, open_ports(work.cluster, [leg for s in stages for leg in s.legs], window))
-    work_GR = [[0] * ranks if stage.work_WR is None else stage.work_WR[window].tolist() for stage in stages]
-    legs_G = [len(stage.legs) for stage in stages]
-    start_GR = [[0] * ranks for _ in stages]
-    end_GR = [[0] * ranks for _ in stages]
+class _Iteration:
+    """One iteration: every rank's stages, each begun when the last of what it waits for is done on that rank.
 
-    def live(rank: int) -> Iterator[simpy.Event]:
-        """One rank's iteration: the stages in order, each as soon as the one before is done."""
-        leg = 0
-        for stage in range(len(stages)):
-            start_GR[stage][rank] = env.now
-            if work_GR[stage][rank]:
-                yield env.timeout(work_GR[stage][rank])
-            for _ in range(legs_G[stage]):
-                yield legs.pass_leg(leg, rank)
-                leg += 1
-            end_GR[stage][rank] = env.now
+    An event's value says which stage of which rank may go on, and with which leg: local work done or a leg left.
+    """
 
-    for rank in range(ranks):
-        env.process(live(rank))
-    env.run()
-    return start_GR, end_GR
+    def __init__(self, work: Work, stages: list[Stage], needs_G: list[tuple[int, ...]], window: int) -> None:
+        ranks = self._ranks = work.cluster.num_ranks
+        self._env = simpy.Environment()
+        self._work_GR = [[0] * ranks if s.work_WR is None else s.work_WR[window].tolist() for s in stages]
+        self._start_GR = [[0] * ranks for _ in stages]
+        self._end_GR = [[0] * ranks for _ in stages]
+        self._waits_GR = [[len(needs)] * ranks for needs in needs_G]
+        self._next_G: list[list[int]] = [[] for _ in stages]
+        for stage, needs in enumerate(needs_G):
+            for before in needs:
+                self._next_G[before].append(stage)
+        self._first_leg_G = np.cumsum([0] + [len(stage.legs) for stage in stages]).tolist()
+        self._stage_X = [index for index, stage in enumerate(stages) for _ in stage.legs]
+        self._ports = open_ports(work.cluster, [leg for stage in stages for leg in stage.legs], window)
+        self._leaves = np.zeros((2 * ranks, 3), dtype=np.int64)
+
+    def run(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Starts and ends (G, R)."""
+        for rank in range(self._ranks):
+            self._begin([stage for stage, waits_R in enumerate(self._waits_GR) if not waits_R[rank]], rank)
+        self._env.run()
+        assert not any(map(any, self._waits_GR)), "a stage never began"
+        return self._start_GR, self._end_GR
+
+    def _begin(self, ready: list[int], rank: int) -> None:
+        """Starts the stages in `ready` on this rank now, and what follows those that take no time."""
+        now = self._env.now
+        while ready:
+            stage = ready.pop()
+            self._start_GR[stage][rank] = now
+            leg = self._first_leg_G[stage]
+            if self._work_GR[stage][rank]:
+                self._wake(now + self._work_GR[stage][rank], stage, leg, rank)
+            elif leg < self._first_leg_G[stage + 1]:
+                self._enter(leg, rank)
+            else:
+                ready += self._finish(stage, rank)
+
+    def _wake(self, time_ns: int, stage: int, leg: int, rank: int) -> None:
+        event = self._env.timeout(time_ns - self._env.now, (stage, leg, rank))
+        event.callbacks.append(self._go_on)
+
+    def _go_on(self, event: simpy.Event) -> None:
+        stage, leg, rank = event.value
+        if leg < self._first_leg_G[stage + 1]:
+            self._enter(leg, rank)
+        else:
+            self._begin(self._finish(stage, rank), rank)
+
+    def _enter(self, leg: int, rank: int) -> None:
+        """Hands this rank's copies to the ports; whoever may leave a leg because of it will."""
+        count = arrive(self._ports, leg, rank, self._env.now, self._leaves)
+        if count:
+            for left, other, time_ns in self._leaves[:count].tolist():
+                self._wake(time_ns, self._stage_X[left], left + 1, other)
+
+    def _finish(self, stage: int, rank: int) -> list[int]:
+        """The stages that this rank may begin because it is done with `stage`."""
+        self._end_GR[stage][rank] = self._env.now
+        ready = []
+        for after in self._next_G[stage]:
+            self._waits_GR[after][rank] -= 1
+            if not self._waits_GR[after][rank]:
+                ready.append(after)
+        return ready

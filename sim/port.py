@@ -33,7 +33,7 @@ def port_times(work: Work, stages: list[Stage]) -> StageTimes:
             clock_W = clock_W + stage.work_WR.max(axis=1)
         for leg in stage.legs:
             busy_WR = leg.busy_WR(work.cluster)
-            end_WGR[:, index] = np.where(busy_WR > 0, clock_W[:, None] + busy_WR, end_WGR[:, index])
+            np.add(clock_W[:, None], busy_WR, out=end_WGR[:, index], where=busy_WR > 0)
             clock_W = clock_W + leg.times.slowest_W
         stream_W[stage.stream] = clock_W
         done_GW.append(clock_W)

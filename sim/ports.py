@@ -10,13 +10,15 @@ receives on its uplink. A sender's copies reach a port when that sender arrives 
 
 which is a work-conserving first-come server, and the closed form (placer.core.cost.leg_times, same expression, same
 rounding) when all arrive together. Copies may reach a rank that is still busy with the stage before (one-sided puts,
-as DeepEP and NCCL's buffers allow). A port finishes one leg before the next: collectives are in order on a stream.
+as DeepEP and NCCL's buffers allow). A port finishes one leg before the next: collectives are in order on a stream, and
+legs that run beside each other on two streams share no port (one keeps inside nodes, the other crosses the network).
 
 Who waits for what: a rank leaves when its own sending is done, when the sending of all its senders is done (the order
 of receivers inside one send is not modelled), when its receiving ports are done, and when the uplinks are done that
 any of its copies passed.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -31,78 +33,73 @@ __all__ = ["Ports", "arrive", "open_ports"]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+OUT, MISSING, SENT = range(3)
+"""Of a rank in a leg: how long its sending takes; arrivals (its own and its senders') and uplinks that it still waits
+for, -1 once it has left; latest end of sending of the ranks that it hears from, itself included."""
+
+LEFT, MESSAGES, WHOLE, DONE = range(4)
+"""Of a receiving port in a leg: copies and messages not handed in yet; time of all its copies; when it is done as far
+as known."""
+
+BLOCKED = 0
+"""Of an uplink port in a leg, beside WHOLE and DONE: senders (and the leg before) it waits for, -1 once it is done."""
+
+ALPHA, ALONE, SHARED = range(3)
+"""Of a link class in a leg: ns per message; ns per copy where one message passes the port, and where several do."""
+
 
 class Ports(NamedTuple):
-    """The state of every port in every leg of one iteration; `arrive` updates it in place.
+    """The state of every port in every leg of one iteration; `arrive` updates it in place. Last axes are named above.
 
-    copies_XRR        what each rank sends to each; out_XR how long its sending takes
-    node_R            node of each rank
-    alpha             ns per message of: link inside the node, NIC, uplink
-    slope_XC2         ns per copy of each such class, where one message passes the port and where several share it
-    missing_XR        arrivals (its own and its senders') and uplinks that a rank still waits for; -1 once it has left
-    sent_XR           latest end of sending of the ranks that this rank hears from, itself included
-    left_XCR, messages_XCR   copies and messages not handed in yet, per receiving port
-    whole_XCR, done_XCR      time of all its copies; when the port is done as far as known
-    free_CR           when the receiving port was done with the legs before
-    between_XNN       copies not handed in yet from node to node
-    blocked_XQ        senders (and the leg before) an uplink port waits for; -1 once it is done
-    whole_XQ, done_XQ        as above, for uplinks
-    needs_XQR         whether copies of a rank pass an uplink port
+    copies_XRR      what each rank sends to each
+    node_R          node of each rank
+    price_XC3       ALPHA, ALONE and SHARED of: link inside the node, NIC, uplink
+    rank_XR3        OUT, MISSING and SENT of each rank
+    receive_XCR4    LEFT, MESSAGES, WHOLE and DONE of each receiving port
+    free_CR         when the receiving port was done with the legs before
+    between_XNN     copies not handed in yet from node to node
+    uplink_XQ4      BLOCKED, WHOLE and DONE of each uplink port
+    needs_XQR       whether copies of a rank pass an uplink port
     """
 
+    # few arrays, because numba unpacks each of them in each call
     copies_XRR: npt.NDArray[np.int32]
-    out_XR: IntArray
     node_R: IntArray
-    alpha: FloatArray
-    slope_XC2: FloatArray
-    missing_XR: IntArray
-    sent_XR: IntArray
-    left_XCR: IntArray
-    messages_XCR: IntArray
-    whole_XCR: IntArray
-    done_XCR: IntArray
+    price_XC3: FloatArray
+    rank_XR3: IntArray
+    receive_XCR4: IntArray
     free_CR: IntArray
     between_XNN: IntArray
-    blocked_XQ: IntArray
-    whole_XQ: IntArray
-    done_XQ: IntArray
+    uplink_XQ4: IntArray
     needs_XQR: npt.NDArray[np.bool_]
 
 
 def open_ports(cluster: ClusterSpec, legs: list[Leg], window: int) -> Ports:
     """All ports idle before the first leg of iteration `window`. Cost O(X R^2)."""
     ranks, nodes, count = cluster.num_ranks, cluster.nodes, len(legs)
-    copy_bytes = [leg.copy_bytes for leg in legs]
     links = [cluster.intra, cluster.inter]
     uplinks = 0
     if cluster.uplink is not None and nodes > 1:
         links.append(cluster.uplink)
         uplinks = 2 * nodes
-
-    def zeros(*shape: int) -> IntArray:
-        return np.zeros((count, *shape), dtype=np.int64)
-
+    price_XC3 = np.zeros((count, len(links), 3))
+    for leg, link in product(range(count), range(len(links))):
+        slope = legs[leg].copy_bytes / links[link].gbytes_per_s
+        price_XC3[leg, link] = links[link].alpha_ns, slope, slope * links[link].tail
     ports = Ports(
-        copies_XRR=np.stack([leg.copies_WRR[window] for leg in legs]),
-        out_XR=np.stack([leg.times.out_WR[window] for leg in legs]),
+        copies_XRR=np.zeros((count, ranks, ranks), dtype=np.int32),
         node_R=cluster.node_R,
-        alpha=np.array([link.alpha_ns for link in links]),
-        slope_XC2=np.array(
-            [[(b / link.gbytes_per_s, b / link.gbytes_per_s * link.tail) for link in links] for b in copy_bytes]
-        ),
-        missing_XR=zeros(ranks),
-        sent_XR=zeros(ranks),
-        left_XCR=zeros(2, ranks),
-        messages_XCR=zeros(2, ranks),
-        whole_XCR=zeros(2, ranks),
-        done_XCR=zeros(2, ranks),
+        price_XC3=price_XC3,
+        rank_XR3=np.zeros((count, ranks, 3), dtype=np.int64),
+        receive_XCR4=np.zeros((count, 2, ranks, 4), dtype=np.int64),
         free_CR=np.zeros((2, ranks), dtype=np.int64),
-        between_XNN=zeros(nodes, nodes),
-        blocked_XQ=zeros(uplinks),
-        whole_XQ=zeros(uplinks),
-        done_XQ=zeros(uplinks),
+        between_XNN=np.zeros((count, nodes, nodes), dtype=np.int64),
+        uplink_XQ4=np.zeros((count, uplinks, 4), dtype=np.int64),
         needs_XQR=np.zeros((count, uplinks, ranks), dtype=np.bool_),
     )
+    for index, leg in enumerate(legs):
+        ports.copies_XRR[index] = leg.copies_WRR[window]
+        ports.rank_XR3[index, :, OUT] = leg.times.out_WR[window]
     _count(ports)
     return ports
 
@@ -111,30 +108,28 @@ def open_ports(cluster: ClusterSpec, legs: list[Leg], window: int) -> Ports:
 def arrive(ports: Ports, leg: int, rank: int, now: int, leaves: IntArray) -> int:
     """Rank is ready for the leg at `now`: its copies are handed to the ports. How many ranks may leave because of it.
 
-    The first that many rows of `leaves` (R, 2) become (rank, when it leaves). A rank waits in one leg at a time, so
-    the leg need not be named, even where an uplink that closes lets ranks go that are one leg ahead.
+    The first that many rows of `leaves` (2 R, 3) become (leg, rank, when it leaves): a rank waits in one leg of each of
+    its two streams at a time, and an uplink that closes lets ranks go that are legs ahead.
     """
-    node_R = ports.node_R
-    sent = now + ports.out_XR[leg, rank]
-    ports.sent_XR[leg, rank] = max(ports.sent_XR[leg, rank], sent)
-    ports.missing_XR[leg, rank] -= 1
+    node_R, ranks_R3 = ports.node_R, ports.rank_XR3[leg]
+    sent = now + ranks_R3[rank, OUT]
+    ranks_R3[rank, SENT] = max(ranks_R3[rank, SENT], sent)
+    ranks_R3[rank, MISSING] -= 1
     for receiver in range(len(node_R)):
         copies = ports.copies_XRR[leg, rank, receiver]
         if copies > 0:
             link = 0 if node_R[rank] == node_R[receiver] else 1
-            duration = _duration(
-                ports, leg, link, ports.messages_XCR[leg, link, receiver], ports.left_XCR[leg, link, receiver]
-            )
-            ports.done_XCR[leg, link, receiver] = max(ports.done_XCR[leg, link, receiver], now + duration)
-            ports.messages_XCR[leg, link, receiver] -= 1
-            ports.left_XCR[leg, link, receiver] -= copies
-            ports.sent_XR[leg, receiver] = max(ports.sent_XR[leg, receiver], sent)
-            ports.missing_XR[leg, receiver] -= 1
-    if ports.blocked_XQ.shape[1] == 0:
+            port = ports.receive_XCR4[leg, link, receiver]
+            port[DONE] = max(port[DONE], now + _duration(ports, leg, link, port[MESSAGES], port[LEFT]))
+            port[MESSAGES] -= 1
+            port[LEFT] -= copies
+            ranks_R3[receiver, SENT] = max(ranks_R3[receiver, SENT], sent)
+            ranks_R3[receiver, MISSING] -= 1
+    if ports.uplink_XQ4.shape[1] == 0:
         return _release(ports, leg, leaves, 0)
     _arrive_at_uplinks(ports, leg, rank, now)
     count = 0
-    for later in range(leg, len(ports.blocked_XQ)):
+    for later in range(leg, len(ports.uplink_XQ4)):
         closed = _close_uplinks(ports, later)
         count = _release(ports, later, leaves, count)
         if not closed:
@@ -144,28 +139,30 @@ def arrive(ports: Ports, leg: int, rank: int, now: int, leaves: IntArray) -> int
 
 @njit(cache=True)
 def _duration(ports: Ports, leg: int, link: int, messages: int, copies: int) -> int:
-    slope = ports.slope_XC2[leg, link, 1 if messages > 1 else 0]
-    return int(np.rint(messages * ports.alpha[link] + copies * slope))
+    price = ports.price_XC3[leg, link]
+    return int(np.rint(messages * price[ALPHA] + copies * price[SHARED if messages > 1 else ALONE]))
 
 
 @njit(cache=True)
 def _release(ports: Ports, leg: int, leaves: IntArray, count: int) -> int:
+    ranks_R3 = ports.rank_XR3[leg]
     for rank in range(len(ports.node_R)):
-        if ports.missing_XR[leg, rank] != 0:
+        if ranks_R3[rank, MISSING] != 0:
             continue
-        ports.missing_XR[leg, rank] = -1
-        end = ports.sent_XR[leg, rank]
+        ranks_R3[rank, MISSING] = -1
+        end = ranks_R3[rank, SENT]
         for link in range(2):
-            whole = ports.whole_XCR[leg, link, rank]
-            if whole > 0:
-                done = max(ports.done_XCR[leg, link, rank], ports.free_CR[link, rank] + whole)
+            port = ports.receive_XCR4[leg, link, rank]
+            if port[WHOLE] > 0:
+                done = max(port[DONE], ports.free_CR[link, rank] + port[WHOLE])
                 ports.free_CR[link, rank] = done
                 end = max(end, done)
-        for port in range(ports.needs_XQR.shape[1]):
-            if ports.needs_XQR[leg, port, rank]:
-                end = max(end, ports.done_XQ[leg, port])
-        leaves[count, 0] = rank
-        leaves[count, 1] = end
+        for uplink in range(ports.needs_XQR.shape[1]):
+            if ports.needs_XQR[leg, uplink, rank]:
+                end = max(end, ports.uplink_XQ4[leg, uplink, DONE])
+        leaves[count, 0] = leg
+        leaves[count, 1] = rank
+        leaves[count, 2] = end
         count += 1
     return count
 
@@ -180,13 +177,14 @@ def _arrive_at_uplinks(ports: Ports, leg: int, rank: int, now: int) -> None:
             across_N[ports.node_R[receiver]] += ports.copies_XRR[leg, rank, receiver]
     if across_N.sum() == 0:
         return
-    ports.done_XQ[leg, home] = max(ports.done_XQ[leg, home], now + _uplink_duration(ports, leg, home))
-    ports.blocked_XQ[leg, home] -= 1
+    out = ports.uplink_XQ4[leg, home]
+    out[DONE] = max(out[DONE], now + _uplink_duration(ports, leg, home))
+    out[BLOCKED] -= 1
     for node in range(nodes):
         if across_N[node] > 0:
-            port = nodes + node
-            ports.done_XQ[leg, port] = max(ports.done_XQ[leg, port], now + _uplink_duration(ports, leg, port))
-            ports.blocked_XQ[leg, port] -= 1
+            into = ports.uplink_XQ4[leg, nodes + node]
+            into[DONE] = max(into[DONE], now + _uplink_duration(ports, leg, nodes + node))
+            into[BLOCKED] -= 1
             ports.between_XNN[leg, home, node] -= across_N[node]
 
 
@@ -206,27 +204,28 @@ def _uplink_duration(ports: Ports, leg: int, port: int) -> int:
 def _close_uplinks(ports: Ports, leg: int) -> bool:
     """Whether any uplink port became done in this leg; it then opens for the next leg."""
     closed = False
-    for port in range(ports.blocked_XQ.shape[1]):
-        if ports.blocked_XQ[leg, port] != 0:
+    for uplink in range(ports.uplink_XQ4.shape[1]):
+        port = ports.uplink_XQ4[leg, uplink]
+        if port[BLOCKED] != 0:
             continue
         closed = True
-        ports.blocked_XQ[leg, port] = -1
-        free = ports.done_XQ[leg - 1, port] if leg > 0 else 0
-        ports.done_XQ[leg, port] = max(ports.done_XQ[leg, port], free + ports.whole_XQ[leg, port])
+        port[BLOCKED] = -1
+        free = ports.uplink_XQ4[leg - 1, uplink, DONE] if leg > 0 else 0
+        port[DONE] = max(port[DONE], free + port[WHOLE])
         for rank in range(len(ports.node_R)):
-            if ports.needs_XQR[leg, port, rank]:
-                ports.missing_XR[leg, rank] -= 1
-        if leg + 1 < len(ports.blocked_XQ):
-            ports.blocked_XQ[leg + 1, port] -= 1
+            if ports.needs_XQR[leg, uplink, rank]:
+                ports.rank_XR3[leg, rank, MISSING] -= 1
+        if leg + 1 < len(ports.uplink_XQ4):
+            ports.uplink_XQ4[leg + 1, uplink, BLOCKED] -= 1
     return closed
 
 
 @njit(cache=True)
 def _count(ports: Ports) -> None:
     """Fills what depends on copies_XRR alone."""
-    legs, ranks = ports.missing_XR.shape
+    legs, ranks, _ = ports.rank_XR3.shape
     nodes = ports.between_XNN.shape[1]
-    uplinks = ports.blocked_XQ.shape[1]
+    uplinks = ports.uplink_XQ4.shape[1]
     crosses_N = np.zeros(nodes, dtype=np.bool_)
     for leg in range(legs):
         for sender in range(ranks):
@@ -238,9 +237,9 @@ def _count(ports: Ports) -> None:
                     continue
                 node = ports.node_R[receiver]
                 link = 0 if node == home else 1
-                ports.left_XCR[leg, link, receiver] += copies
-                ports.messages_XCR[leg, link, receiver] += 1
-                ports.missing_XR[leg, receiver] += 1
+                ports.receive_XCR4[leg, link, receiver, LEFT] += copies
+                ports.receive_XCR4[leg, link, receiver, MESSAGES] += 1
+                ports.rank_XR3[leg, receiver, MISSING] += 1
                 if link == 1 and uplinks > 0:
                     crosses_N[node] = True
                     ports.between_XNN[leg, home, node] += copies
@@ -249,17 +248,17 @@ def _count(ports: Ports) -> None:
                     ports.needs_XQR[leg, nodes + node, receiver] = True
             for node in range(nodes):
                 if crosses_N[node]:
-                    ports.blocked_XQ[leg, nodes + node] += 1
+                    ports.uplink_XQ4[leg, nodes + node, BLOCKED] += 1
             if crosses_N.any():
-                ports.blocked_XQ[leg, home] += 1
+                ports.uplink_XQ4[leg, home, BLOCKED] += 1
         for rank in range(ranks):
-            ports.missing_XR[leg, rank] += 1
+            ports.rank_XR3[leg, rank, MISSING] += 1
             for link in range(2):
-                messages, copies = ports.messages_XCR[leg, link, rank], ports.left_XCR[leg, link, rank]
-                ports.whole_XCR[leg, link, rank] = _duration(ports, leg, link, messages, copies)
-            for port in range(uplinks):
-                ports.missing_XR[leg, rank] += ports.needs_XQR[leg, port, rank]
-        for port in range(uplinks):
-            ports.whole_XQ[leg, port] = _uplink_duration(ports, leg, port)
+                port = ports.receive_XCR4[leg, link, rank]
+                port[WHOLE] = _duration(ports, leg, link, port[MESSAGES], port[LEFT])
+            for uplink in range(uplinks):
+                ports.rank_XR3[leg, rank, MISSING] += ports.needs_XQR[leg, uplink, rank]
+        for uplink in range(uplinks):
+            ports.uplink_XQ4[leg, uplink, WHOLE] = _uplink_duration(ports, leg, uplink)
             if leg > 0:
-                ports.blocked_XQ[leg, port] += 1
+                ports.uplink_XQ4[leg, uplink, BLOCKED] += 1

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from placer.core.timeline import PHASES, Timeline
 from sim.traffic import Leg, Work
 
-__all__ = ["COMPUTE", "INSIDE", "NETWORK", "Stage", "StageTimes", "stages_of", "timeline_of"]
+__all__ = ["COMPUTE", "INSIDE", "NETWORK", "Stage", "StageTimes", "needs_of", "stages_of", "timeline_of"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -102,6 +102,18 @@ def _exchange(
         stream = INSIDE if len(groups) > 1 and group[0].inside else NETWORK
         stages.append(Stage(layer, PHASES.index(phase), sent_WR, packing, group, stream, after))
         packing, after = None, (len(stages) - 1,)
+
+
+def needs_of(stages: list[Stage]) -> list[tuple[int, ...]]:
+    """The stages that each waits for: those it names, and the one before on its stream."""
+    last: dict[int, int] = {}
+    needs_G = []
+    for index, stage in enumerate(stages):
+        assert all(before < index for before in stage.after), "a stage waits for a later one"
+        before = last.get(stage.stream)
+        needs_G.append(tuple(sorted(set(stage.after) | ({before} if before is not None else set()))))
+        last[stage.stream] = index
+    return needs_G
 
 
 def timeline_of(work: Work, stages: list[Stage], times: StageTimes, about: dict[str, Any]) -> Timeline:

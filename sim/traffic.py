@@ -28,6 +28,10 @@ from placer.core.schedule import Schedule, chunk_index, expand_leg
 
 __all__ = ["ChunkWork", "LayerWork", "Leg", "Work", "work_of"]
 
+INSIDE_LEG = {("per_node", "dispatch"): 1, ("per_node", "combine"): 0, ("2dh", "dispatch"): 0, ("2dh", "combine"): 0}
+"""Which leg of a two-level exchange stays within nodes; told from the scheme and not from the copies, so that streams do
+not depend on which iterations are simulated."""
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -35,13 +39,15 @@ IntArray = npt.NDArray[np.int64]
 class Leg:
     """One exchange: rank a sends copies_WRR[w, a, b] copies of `copy_bytes` to rank b; how long each port is busy.
 
-    `inside` says that this leg stays within nodes: it may run beside one that crosses the network.
+    `inside` says that this leg of a two-level exchange stays within nodes while the other only crosses the network: the
+    two share no port. `crosses_2WR` says whether each rank sends and receives over the network (None: not counted yet).
     """
 
     copies_WRR: npt.NDArray[np.int32]
     times: LegTimes
     copy_bytes: int
     inside: bool = False
+    crosses_2WR: npt.NDArray[np.bool_] | None = None
 
     @property
     def sent_WR(self) -> IntArray:
@@ -58,13 +64,12 @@ class Leg:
 
         The maximum over ranks is the leg's closed-form duration.
         """
-        busy_WR = np.maximum(self.times.out_WR, self.times.in_WR)
-        node_R = cluster.node_R
-        away_RR = node_R[:, None] != node_R[None, :]
-        for axis, uplink_WN in ((2, self.times.uplink_out_WN), (1, self.times.uplink_in_WN)):
-            if uplink_WN.any():
-                crosses_WR = (self.copies_WRR * away_RR).any(axis=axis)
-                busy_WR = np.maximum(busy_WR, np.where(crosses_WR, uplink_WN[:, node_R], 0))
+        times = self.times
+        busy_WR = np.maximum(times.out_WR, times.in_WR)
+        if times.uplink_out_WN.any():
+            crosses_2WR = _crossings(cluster, self.copies_WRR) if self.crosses_2WR is None else self.crosses_2WR
+            for crosses_WR, uplink_WN in zip(crosses_2WR, (times.uplink_out_WN, times.uplink_in_WN), strict=True):
+                np.maximum(busy_WR, uplink_WN[:, cluster.node_R], out=busy_WR, where=crosses_WR)
         return busy_WR
 
 
@@ -185,7 +190,8 @@ def _chunk(
     for way, legs_WRR, copy_bytes, order in ways:
         packing[way] = packing_ns(cluster, legs_WRR[0][step], copy_bytes)
         parts = [part for leg in legs_WRR for part in expand_leg(leg[step], algorithm, cluster.ranks_per_node, order)]
-        legs[way] = tuple(_leg(cluster, part, copy_bytes) for part in parts)
+        stays = INSIDE_LEG.get((mode if algorithm == "linear" else algorithm, way))
+        legs[way] = tuple(_leg(cluster, part, copy_bytes, inside=at == stays) for at, part in enumerate(parts))
     tokens_WP = traffic.tokens_WP[step]
     return ChunkWork(
         dispatch=legs["dispatch"],
@@ -197,7 +203,13 @@ def _chunk(
     )
 
 
-def _leg(cluster: ClusterSpec, copies_WRR: IntArray, copy_bytes: int) -> Leg:
-    node_R = cluster.node_R
-    inside = cluster.nodes > 1 and not copies_WRR[:, node_R[:, None] != node_R[None, :]].any()
-    return Leg(copies_WRR.astype(np.int32), leg_times(cluster, copies_WRR, copy_bytes), copy_bytes, inside)
+def _leg(cluster: ClusterSpec, copies_WRR: IntArray, copy_bytes: int, *, inside: bool = False) -> Leg:
+    crosses_2WR = None if cluster.uplink is None or cluster.nodes == 1 else _crossings(cluster, copies_WRR)
+    times = leg_times(cluster, copies_WRR, copy_bytes)
+    return Leg(copies_WRR.astype(np.int32), times, copy_bytes, inside and cluster.nodes > 1, crosses_2WR)
+
+
+def _crossings(cluster: ClusterSpec, copies_WRR: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    away_WRR = copies_WRR != 0
+    away_WRR &= cluster.node_R[:, None] != cluster.node_R[None, :]
+    return np.stack([away_WRR.any(axis=2), away_WRR.any(axis=1)])

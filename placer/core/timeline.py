@@ -93,15 +93,22 @@ class Timeline:
         return last - first
 
     def phase_ns(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Per phase and iteration, the sum over layers of the slowest rank's span, (iterations,) each."""
+        """Per phase and iteration, the sum over layers of the slowest rank's spans, (iterations,) each.
+
+        A rank has several spans of one phase where the layer is pipelined: they are added up before ranks are compared.
+        """
         result: dict[str, npt.NDArray[np.int64]] = {}
         layers = int(self.layer.max()) + 2 if len(self.layer) else 1
         for code, name in enumerate(PHASES):
             pick = self.phase == code
             if not pick.any():
                 continue
+            owner = np.stack([self.rank[pick], self.layer[pick] + 1, self.iteration[pick]])
+            order = np.lexsort(owner)
+            owner, duration_ns = owner[:, order], self.duration_ns[pick][order]
+            first = np.flatnonzero(np.append(True, (np.diff(owner) != 0).any(axis=0)))
             slowest = np.zeros((self.num_iterations, layers), dtype=np.int64)
-            np.maximum.at(slowest, (self.iteration[pick], self.layer[pick] + 1), self.duration_ns[pick])
+            np.maximum.at(slowest, (owner[2, first], owner[1, first]), np.add.reduceat(duration_ns, first))
             result[name] = slowest.sum(axis=1)
         return result
 

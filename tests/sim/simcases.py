@@ -1,5 +1,6 @@
 """Small deployments for the simulator's tests: by hand, and at random for hypothesis."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from placer.core.cluster import ClusterSpec, Compute, LinkClass
 from placer.core.model import ModelSpec
-from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES
+from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode
 from placer.core.plan import Plan
 from placer.core.timeline import Timeline
 from sim import simulate
@@ -146,3 +147,61 @@ def random_experts(rng: np.random.Generator, layers: int, tokens: int, top_k: in
     """Distinct experts of each token, (L, T, K) int16."""
     order = np.argsort(rng.random((layers, tokens, experts)), axis=2)
     return order[:, :, :top_k].astype(np.int16)
+
+
+def relabel(case: Case, seed: int, *, local_alike: bool) -> tuple[Case, np.ndarray]:
+    """The same deployment with other names for nodes, ranks and experts, and the new name of each rank.
+
+    `local_alike`: the ranks of all nodes permute alike.
+    """
+    rng = np.random.default_rng(seed)
+    cluster, plan = case.cluster, case.plan
+    per_node = cluster.ranks_per_node
+    node = rng.permutation(cluster.nodes)
+    local = np.stack([rng.permutation(per_node) for _ in range(cluster.nodes)])
+    if local_alike:
+        local = np.tile(local[0], (cluster.nodes, 1))
+    rank = np.arange(cluster.num_ranks)
+    new_rank_R = node[rank // per_node] * per_node + local[rank // per_node, rank % per_node]
+    new_expert_E = rng.permutation(plan.num_experts)
+    old = plan.slot_expert_LP.reshape(len(plan.moe_layers), cluster.num_ranks, -1)
+    new = np.empty_like(old)
+    new[:, new_rank_R] = np.where(old >= 0, new_expert_E[old], -1)
+    speed = tuple(np.array(cluster.rank_speed)[np.argsort(new_rank_R)].tolist()) if cluster.rank_speed else ()
+    renamed = dataclasses.replace(
+        case,
+        cluster=dataclasses.replace(cluster, rank_speed=speed),
+        plan=dataclasses.replace(plan, slot_expert_LP=new.reshape(plan.slot_expert_LP.shape)),
+        expert_LTK=np.where(case.expert_LTK >= 0, new_expert_E[case.expert_LTK], -1),
+        source_T=new_rank_R[case.source_T],
+    )
+    return renamed, new_rank_R
+
+
+def alike_case(
+    cluster: ClusterSpec, mode: DispatchMode, seed: int, *, layers: int, top_k: int, tokens_per_rank: int
+) -> Case:
+    """Every rank's tokens go to the same relative places (so many nodes and so many ranks further on)."""
+    rng = np.random.default_rng(seed)
+    nodes, per_node, ranks, per_rank = cluster.nodes, cluster.ranks_per_node, cluster.num_ranks, 3
+    rank = np.arange(ranks)
+    shape = (layers, tokens_per_rank, top_k)
+    far, near = rng.integers(0, nodes, shape), rng.integers(0, per_node, shape)
+    target = ((rank // per_node)[:, None, None, None] + far) % nodes * per_node
+    target = target + ((rank % per_node)[:, None, None, None] + near) % per_node
+    expert_RLTK = target * per_rank + np.arange(top_k)  # column k uses expert k of its rank: never one expert twice
+    expert_LTK = expert_RLTK.transpose(1, 0, 2, 3).reshape(layers, ranks * tokens_per_rank, top_k)
+    experts = ranks * per_rank
+    model = ModelSpec.uniform(
+        "alike", num_experts=experts, top_k=top_k, num_hidden_layers=layers, hidden_size=333, moe_intermediate_size=7
+    )
+    plan = Plan(
+        model="alike",
+        num_experts=experts,
+        num_ranks=ranks,
+        ranks_per_node=per_node,
+        moe_layers=model.moe_layers,
+        slot_expert_LP=np.tile(np.arange(experts), (layers, 1)),
+        mode=mode,
+    )
+    return Case(plan, model, cluster, expert_LTK.astype(np.int16), np.repeat(rank, tokens_per_rank), 10**6)

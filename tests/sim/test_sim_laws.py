@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simcases import Case, cases, clusters, linear_plan, random_experts, tiny_cluster, tiny_model
+from port_oracle import leave_by_definition
+from simcases import (
+    Case,
+    alike_case,
+    cases,
+    clusters,
+    linear_plan,
+    random_experts,
+    relabel,
+    tiny_cluster,
+    tiny_model,
+)
 
 from placer.core.cost import closed_form_ns, gather_copies, leg_times
 from placer.core.dispatch import assign_layer
 from placer.core.evaluate import evaluate, iterate_layers, window_index
-from placer.core.model import ModelSpec
 from placer.core.modes import DISPATCH_MODES, DispatchMode
-from placer.core.plan import Plan
 from placer.core.timeline import PHASES, Timeline
 from sim.stages import stages_of
 from sim.traffic import Work, work_of
@@ -101,7 +110,8 @@ def test_phase_is_what_its_definition_says(case: Case) -> None:
             if stage.work_WR is not None:
                 clock_R = clock_R + stage.work_WR[window]
             for leg in stage.legs:
-                clock_R = leave_by_definition(case, leg.copies_WRR[window].astype(np.int64), clock_R, free)
+                copies_RR = leg.copies_WRR[window].astype(np.int64)
+                clock_R = leave_by_definition(case.cluster, leg.copy_bytes, copies_RR, clock_R, free)
             expected.append(clock_R)
         pick = timeline.iteration == window
         start = int(timeline.start_ns[pick].min())
@@ -111,60 +121,6 @@ def test_phase_is_what_its_definition_says(case: Case) -> None:
             got_R = np.zeros_like(clock_R)
             got_R[timeline.rank[pick][mine]] = ends[mine]
             assert got_R.tolist() == expected[index].tolist()
-
-
-def leave_by_definition(
-    case: Case, copies_RR: np.ndarray, ready_R: np.ndarray, free: dict[tuple[str, int], int]
-) -> np.ndarray:
-    cluster, ranks = case.cluster, range(case.cluster.num_ranks)
-    node = cluster.node_R.tolist()
-
-    def times(of_RR: np.ndarray) -> object:
-        return leg_times(cluster, of_RR[None], case.model.token_bytes)
-
-    def port_done(port: tuple[str, int], through_RR: np.ndarray, duration: object) -> int:
-        """`duration(copies)` of the tails of `through_RR` in order of readiness, and after the leg before."""
-        if not through_RR.any():
-            return free.get(port, 0)
-        done = free.get(port, 0) + duration(through_RR)
-        for sender in ranks:
-            if through_RR[sender].any():
-                later_R = ready_R >= ready_R[sender]
-                done = max(done, int(ready_R[sender]) + duration(through_RR * later_R[:, None]))
-        free[port] = done
-        return done
-
-    away_RR = np.array([[node[a] != node[b] for b in ranks] for a in ranks])
-    receiving: dict[int, int] = {}
-    for rank in ranks:
-        to_me = np.zeros_like(copies_RR)
-        to_me[:, rank] = copies_RR[:, rank]
-        for name, mask in (("intra", ~away_RR), ("inter", away_RR)):
-            through = to_me * mask
-            if through.any():
-                done = port_done((name, rank), through, lambda c, r=rank: int(times(c).in_WR[0, r]))
-                receiving[rank] = max(receiving.get(rank, 0), done)
-    uplink_out, uplink_in = {}, {}
-    if cluster.uplink is not None and cluster.nodes > 1:
-        for n in range(cluster.nodes):
-            inside = cluster.node_R == n
-            out = copies_RR * away_RR * inside[:, None]
-            into = copies_RR * away_RR * inside[None, :]
-            uplink_out[n] = port_done(("out", n), out, lambda c, n=n: int(times(c).uplink_out_WN[0, n]))
-            uplink_in[n] = port_done(("in", n), into, lambda c, n=n: int(times(c).uplink_in_WN[0, n]))
-    sent_R = ready_R + times(copies_RR).out_WR[0]
-    leave = []
-    for rank in ranks:
-        ends = [int(sent_R[rank]), receiving.get(rank, 0)]
-        senders = [s for s in ranks if copies_RR[s, rank] > 0]
-        ends += [int(sent_R[s]) for s in senders]
-        if uplink_out:
-            ends += [uplink_out[node[s]] for s in senders if node[s] != node[rank]]
-            ends += [uplink_in[node[rank]] for s in senders if node[s] != node[rank]]
-            if (copies_RR * away_RR)[rank].any():
-                ends.append(uplink_out[node[rank]])
-        leave.append(max(ends))
-    return np.array(leave)
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,32 +177,10 @@ def test_the_first_iterations_do_not_depend_on_how_many_follow(case: Case, fidel
 @given(case=cases(replicas=False), seed=st.integers(0, 2**32 - 1), fidelity=st.sampled_from(FIDELITIES))
 def test_names_of_ranks_nodes_and_experts_do_not_matter(case: Case, seed: int, fidelity: str) -> None:
     """per_node enters a node through the rank with the sender's local number: there all nodes permute alike."""
-    rng = np.random.default_rng(seed)
-    cluster, plan = case.cluster, case.plan
-    per_node = cluster.ranks_per_node
-    node = rng.permutation(cluster.nodes)
-    local = np.stack([rng.permutation(per_node) for _ in range(cluster.nodes)])
-    if plan.mode == "per_node":
-        local = np.tile(local[0], (cluster.nodes, 1))
-    rank = np.arange(cluster.num_ranks)
-    new_rank_R = node[rank // per_node] * per_node + local[rank // per_node, rank % per_node]
-    new_expert_E = rng.permutation(plan.num_experts)
-    old = plan.slot_expert_LP.reshape(len(plan.moe_layers), cluster.num_ranks, -1)
-    new = np.empty_like(old)
-    new[:, new_rank_R] = np.where(old >= 0, new_expert_E[old], -1)
-    speed_R = np.array(cluster.rank_speed)
-    relabelled = dataclasses.replace(
-        case,
-        cluster=dataclasses.replace(cluster, rank_speed=tuple(speed_R[np.argsort(new_rank_R)].tolist()))
-        if cluster.rank_speed
-        else cluster,
-        plan=dataclasses.replace(plan, slot_expert_LP=new.reshape(plan.slot_expert_LP.shape)),
-        expert_LTK=np.where(case.expert_LTK >= 0, new_expert_E[case.expert_LTK], -1),
-        source_T=new_rank_R[case.source_T],
-    )
+    relabelled, new_rank_R = relabel(case, seed, local_alike=case.plan.mode == "per_node")
     before, after = case.simulate(fidelity), relabelled.simulate(fidelity)
     assert before.iteration_ns().tolist() == after.iteration_ns().tolist()
-    assert per_rank_busy(before, new_rank_R) == per_rank_busy(after, rank)
+    assert per_rank_busy(before, new_rank_R) == per_rank_busy(after, np.arange(len(new_rank_R)))
 
 
 def per_rank_busy(timeline: Timeline, name_R: np.ndarray) -> list[int]:
@@ -268,29 +202,7 @@ def test_phase_is_port_when_all_ranks_are_alike(
     cluster: object, mode: DispatchMode, seed: int, layers: int, top_k: int, tokens_per_rank: int
 ) -> None:
     """Every rank's tokens go to the same relative places (so many nodes and so many ranks further on)."""
-    rng = np.random.default_rng(seed)
-    nodes, per_node, ranks, per_rank = cluster.nodes, cluster.ranks_per_node, cluster.num_ranks, 3
-    rank = np.arange(ranks)
-    shape = (layers, tokens_per_rank, top_k)
-    far, near = rng.integers(0, nodes, shape), rng.integers(0, per_node, shape)
-    target = ((rank // per_node)[:, None, None, None] + far) % nodes * per_node
-    target = target + ((rank % per_node)[:, None, None, None] + near) % per_node
-    expert_RLTK = target * per_rank + np.arange(top_k)  # column k uses expert k of its rank: never one expert twice
-    expert_LTK = expert_RLTK.transpose(1, 0, 2, 3).reshape(layers, ranks * tokens_per_rank, top_k)
-    experts = ranks * per_rank
-    model = ModelSpec.uniform(
-        "alike", num_experts=experts, top_k=top_k, num_hidden_layers=layers, hidden_size=333, moe_intermediate_size=7
-    )
-    plan = Plan(
-        model="alike",
-        num_experts=experts,
-        num_ranks=ranks,
-        ranks_per_node=per_node,
-        moe_layers=model.moe_layers,
-        slot_expert_LP=np.tile(np.arange(experts), (layers, 1)),
-        mode=mode,
-    )
-    case = Case(plan, model, cluster, expert_LTK.astype(np.int16), np.repeat(rank, tokens_per_rank), 10**6)
+    case = alike_case(cluster, mode, seed, layers=layers, top_k=top_k, tokens_per_rank=tokens_per_rank)
     assert case.simulate("phase").iteration_ns().tolist() == case.simulate("port").iteration_ns().tolist()
 
 
