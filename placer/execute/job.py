@@ -42,6 +42,7 @@ class ReplayJob:
     source_path    .npy of source_T             result_path   where rank 0 writes the Timeline
     stored_layers  the layer under which each site's experts are stored, length L
     kind, schedule how the all-to-alls run: the plan's schedule for this kind of iteration, or `schedule` instead
+    order_seed     of the order in which the jobs of a launch take turns
     realtime       ranks ask the kernel for real-time priority (SCHED_RR, 10), which needs root
 
     Iteration i replays tokens i * tokens_per_iteration and following; `warmup` iterations run before, unrecorded.
@@ -68,6 +69,7 @@ class ReplayJob:
     kind: Kind = "prefill"
     schedule: Schedule | None = None
     realtime: bool = False
+    order_seed: int = 0
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,7 +77,13 @@ class ReplayJob:
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"replay.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        for name, least in (("tokens_per_iteration", 1), ("iterations", 1), ("warmup", 0), ("seed", 0)):
+        for name, least in (
+            ("tokens_per_iteration", 1),
+            ("iterations", 1),
+            ("warmup", 0),
+            ("seed", 0),
+            ("order_seed", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"replay.{name} is {value!r}; give an integer of at least {least}")

@@ -16,10 +16,10 @@ from placer.core.dispatch import source_ranks
 from placer.core.errors import MismatchError, UsageError
 from placer.core.model import ModelSpec, Site
 from placer.core.plan import Plan
-from placer.core.schedule import Schedule
+from placer.core.schedule import Kind, Schedule
 from placer.core.timeline import Timeline
 from placer.execute.job import DTYPES, Backend, DType, ExecutionMode, ReplayJob
-from placer.execute.launch import require_torch, run_ranks
+from placer.execute.launch import Host, require_torch, run_ranks
 from placer.execute.random_experts import stored_layers, write_random_experts
 
 __all__ = ["ReplayOptions", "replay", "replay_plans", "replayed_model"]
@@ -33,6 +33,10 @@ class ReplayOptions(TypedDict, total=False):
 
     request_id_T: npt.NDArray[np.integer[Any]] | None
     source_T: npt.NDArray[np.integer[Any]] | None
+    kind: Kind
+    launches: int
+    realtime: bool
+    hosts: Sequence[Host]
     experts_path: Path | None
     tokens_per_iteration: int
     iterations: int | None
@@ -70,9 +74,14 @@ def replay_plans(
     model: ModelSpec,
     request_id_T: npt.NDArray[np.integer[Any]] | None = None,
     source_T: npt.NDArray[np.integer[Any]] | None = None,
+    sources: Sequence[npt.NDArray[np.integer[Any]]] | None = None,
     experts_path: Path | None = None,
     modes: Sequence[ExecutionMode | None] | None = None,
     schedules: Sequence[Schedule | None] | None = None,
+    kind: Kind = "prefill",
+    launches: int = 1,
+    realtime: bool = False,
+    hosts: Sequence[Host] = (),
     tokens_per_iteration: int = 1024,
     iterations: int | None = None,
     warmup: int = 1,
@@ -87,17 +96,21 @@ def replay_plans(
     trace_sha256: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> list[Timeline]:
-    """Measured Timelines of the plans, all in one launch, their iterations interleaved in a seeded random order.
+    """Measured Timelines of the plans, all in each launch, their iterations interleaved in a seeded random order.
 
     expert_LTK, weight_LTK    routing of the trace, entries that are no expert of the model counting as nothing; no
                               weights means equal ones
-    request_id_T or source_T  which rank a token's attention runs on: `source_ranks` of the former, or the latter
+    request_id_T or source_T  which rank a token's attention runs on: `source_ranks` of the former, or the latter; or
+    sources                   one such array for each plan
     experts_path              a checkpoint; without one, random experts of `hidden_size` and `intermediate_size`
     modes                     dispatch mode for each plan; None means the plan's own
-    schedules                 how each plan's all-to-alls run; None means the plan's own schedule for prefill
+    schedules                 how each plan's all-to-alls run; None means the plan's own schedule for `kind`
+    launches                  how often everything is started afresh, each time in another order; the iterations of all
+                              launches follow each other in a Timeline (`Timeline.join`)
+    realtime, hosts           ranks at real-time priority (root only); where ranks run (none: all on this machine)
     iterations                of `tokens_per_iteration` tokens each, from the trace's first token on; None means as many
                               as the trace fills
-    timeout_s                 for the whole launch
+    timeout_s                 for each launch
     `about` of each Timeline has the sizes with which the simulator predicts the same job, and what verification found.
 
     Raises UsageError, MismatchError where plan, model and tokens do not fit, InputFileError for a checkpoint that lacks
@@ -116,12 +129,18 @@ def replay_plans(
     for plan in plans:
         _check_plan(plan, model, expert_LTK[:, :used], plans[0].num_ranks if num_ranks is None else num_ranks)
     num_ranks = plans[0].num_ranks
-    source_T = _sources(request_id_T, source_T, expert_LTK.shape[1], num_ranks)
+    if launches < 1:
+        raise UsageError(f"launches is {launches}; give 1 or more")
+    if sources is None:
+        sources = [_sources(request_id_T, source_T, expert_LTK.shape[1], num_ranks)] * len(plans)
+    elif request_id_T is not None or source_T is not None or len(sources) != len(plans):
+        raise UsageError(f"{len(sources)} arrays of source ranks for {len(plans)} plans; give one for each, alone")
+    else:
+        sources = [_sources(None, np.asarray(one_T), expert_LTK.shape[1], num_ranks) for one_T in sources]
 
     with tempfile.TemporaryDirectory(prefix="placer-replay-") as name:
         folder = Path(name)
         np.save(folder / "expert_LTK.npy", expert_LTK[:, :used])
-        np.save(folder / "source_T.npy", source_T[:used].astype(np.int64))
         if weight_LTK is not None:
             np.save(folder / "weight_LTK.npy", np.asarray(weight_LTK[:, :used], dtype=np.float32))
         about: dict[str, Any] = {"model": model.name, "trace_sha256": trace_sha256}
@@ -136,12 +155,13 @@ def replay_plans(
         jobs = []
         for index, (plan, mode, schedule) in enumerate(zip(plans, modes, schedules, strict=True)):
             plan.save(folder / f"plan-{index}.json")
+            np.save(folder / f"source_T-{index}.npy", sources[index][:used].astype(np.int64))
             jobs.append(
                 ReplayJob(
                     plan_path=str(folder / f"plan-{index}.json"),
                     expert_path=str(folder / "expert_LTK.npy"),
                     weight_path=None if weight_LTK is None else str(folder / "weight_LTK.npy"),
-                    source_path=str(folder / "source_T.npy"),
+                    source_path=str(folder / f"source_T-{index}.npy"),
                     experts_path=str(experts_file.resolve()),
                     result_path=str(folder / f"result-{index}.json"),
                     stored_layers=stored,
@@ -155,13 +175,24 @@ def replay_plans(
                     backend=backend,
                     timeout_s=timeout_s,
                     schedule=schedule,
+                    kind=kind,
+                    realtime=realtime,
                     about=about,
                 )
             )
         # last, because it takes longest: the jobs have checked every option by now
         if experts_path is None:
             write_random_experts(experts_file, random_model, seed, dtype=dtype)
-        return run_ranks(jobs, num_ranks=num_ranks, timeout_s=timeout_s, progress=progress)
+        measured = []
+        for launch in range(launches):
+            if progress is not None and launches > 1:
+                progress(f"launch {launch + 1} of {launches}")
+            # another order of the plans; the tokens and their hidden states stay
+            again = [replace(job, order_seed=seed + launch) for job in jobs]
+            measured.append(run_ranks(again, num_ranks=num_ranks, timeout_s=timeout_s, progress=progress, hosts=hosts))
+        if launches == 1:
+            return measured[0]
+        return [Timeline.join(parts) for parts in zip(*measured, strict=True)]
 
 
 def replayed_model(model: ModelSpec, about: Mapping[str, Any]) -> ModelSpec:

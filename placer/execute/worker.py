@@ -194,7 +194,7 @@ def _fabrics(prepared: list[PreparedJob], device: torch.device) -> list[Fabric]:
 def _measure(prepared: list[PreparedJob], fabrics: list[Fabric], rank: int, heartbeat: Heartbeat) -> list[Kept]:
     """Runs every round; what was recorded of each job."""
     first = prepared[0].job
-    rng = np.random.default_rng(first.seed)
+    rng = np.random.default_rng(first.order_seed)
     kept = [Kept([], []) for _ in prepared]
     clock, lanes = Clock(prepared[0].device), Lanes(prepared[0].device)
     said_ns = time.monotonic_ns()
