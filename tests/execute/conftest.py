@@ -108,8 +108,8 @@ class ThreadRanks:
     def get_world_size(self) -> int:
         return self.num_ranks
 
-    def get_rank(self) -> int:
-        return self._local.rank
+    def get_rank(self, group=None) -> int:
+        return self._local.rank if group is None else group.index(self._local.rank)
 
     def all_to_all_single(self, output, rows, output_splits=None, input_splits=None, group=None) -> None:
         members = group or self._everyone
@@ -127,13 +127,17 @@ class ThreadRanks:
         output.copy_(torch.cat(parts))
         meet.wait()
 
-    def P2POp(self, operation, rows, peer):
+    def P2POp(self, operation, rows, peer=None, group=None, group_peer=None):
+        if peer is None:
+            return operation, rows, (group or self._everyone)[group_peer]
+        self._local.in_rounds = True
         return operation, rows, peer
 
     def batch_isend_irecv(self, operations):
         rank = self._local.rank
         peers = {kind: [peer for operation, _, peer in operations if operation == kind] for kind in ("isend", "irecv")}
-        assert all(len(found) <= 1 for found in peers.values()), "a round has one receiver and one sender at most"
+        if self._local.__dict__.pop("in_rounds", False):
+            assert all(len(found) <= 1 for found in peers.values()), "a round has one receiver and one sender at most"
         with self._lock:
             inbox = {peer: self._mail[peer, rank] for peer in peers["irecv"]}
             outbox = {peer: self._mail[rank, peer] for peer in peers["isend"]}

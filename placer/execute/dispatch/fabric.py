@@ -111,10 +111,29 @@ class Hop:
 
 
 def exchange(rows_CH: Tensor, send_R: Sequence[int], receive_R: Sequence[int], group: Any = None) -> Tensor:
-    """The rows that arrive when each rank sends `send_R[r]` of its rows to rank r, plus one all-zero row at the end."""
+    """The rows that arrive when each rank sends `send_R[r]` of its rows to rank r, plus one all-zero row at the end.
+
+    Receives are posted before sends: gloo's own all-to-all lets a "ready to receive" wait behind data of the same
+    connection, and pairs then run one direction after the other. NCCL's all-to-all is this very group of messages.
+    """
     arrived_CH, raw_CB = _room(rows_CH, sum(receive_R))
     # as bytes: every back end moves uint8, not every one moves bfloat16
-    dist.all_to_all_single(raw_CB, rows_CH.contiguous().view(torch.uint8), list(receive_R), list(send_R), group=group)
+    sent_CB = rows_CH.contiguous().view(torch.uint8)
+    rank, ranks = dist.get_rank(group), len(send_R)
+    arriving = torch.split(raw_CB, list(receive_R))
+    leaving = torch.split(sent_CB, list(send_R))
+    # nearest next rank first, so that nobody is everybody's first receiver
+    others = [(rank + step) % ranks for step in range(1, ranks)]
+    operations = [
+        dist.P2POp(dist.irecv, arriving[peer], group=group, group_peer=peer) for peer in others if receive_R[peer]
+    ]
+    operations += [
+        dist.P2POp(dist.isend, leaving[peer], group=group, group_peer=peer) for peer in others if send_R[peer]
+    ]
+    works = dist.batch_isend_irecv(operations) if operations else []
+    arriving[rank].copy_(leaving[rank])
+    for work in works:
+        work.wait()
     return arrived_CH
 
 
