@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -21,15 +22,25 @@ from placer.core import errors
 from placer.core.errors import DependencyError, ExecutionError, PlacerError, UsageError
 from placer.core.timeline import Timeline
 from placer.execute.heartbeat import create_heartbeats, read_heartbeats, stage
-from placer.execute.job import ReplayJob
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
 
-__all__ = ["WORKER", "require_torch", "run_ranks"]
+__all__ = ["WORKER", "Job", "require_torch", "run_ranks"]
 
 WORKER = ("-m", "placer.execute.worker")
 GRACE_S = 5.0
 KEPT_LINES = 4000
 LEFT_BEHIND = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+
+
+class Job(Protocol):
+    """What the ranks are given: a file, and where they leave their Timeline."""
+
+    @property
+    def result_path(self) -> str:
+        """Where rank 0 writes the Timeline."""
+
+    def save(self, path: Path) -> None:
+        """Writes the job for `entry` to read."""
 
 
 def require_torch() -> None:
@@ -39,7 +50,7 @@ def require_torch() -> None:
 
 
 def run_ranks(
-    jobs: Sequence[ReplayJob],
+    jobs: Sequence[Job],
     *,
     num_ranks: int,
     timeout_s: float,
