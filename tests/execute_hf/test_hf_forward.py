@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
+from placer.core.errors import ExecutionError
 from placer.execute import dispatch as dispatch_module
 from placer.execute.experts import ExpertFile
 from placer.execute.hf import GENERATION_MODES, GenerateJob
+from placer.execute.hf.backbone import load_backbone
 from placer.execute.hf.prepare import Caches, prepare
 
 MODES = GENERATION_MODES
@@ -75,6 +77,32 @@ def test_logits_are_those_of_the_single_process_model(
                 compared += 1
                 ids.append(token)
     assert compared >= len(tiny.PROMPTS)
+
+
+def test_bfloat16_stays_near_the_single_process_model_in_bfloat16(
+    checkpoints, tiny, thread_ranks, tmp_path, monkeypatch
+):
+    """Only near: transformers rounds each expert's share to bfloat16, placer sums in float32."""
+    folder = checkpoints["gpt_oss"]
+    ranks = thread_ranks(2)
+    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    plan = tiny.make_plan(folder, 2)
+    results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 1), "per_rank", dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for requests, logits, _, _ in results:
+        for row, request in enumerate(requests):
+            with torch.inference_mode():
+                expected_V = model(torch.tensor([tiny.PROMPTS[request]])).logits[0, -1]
+            assert logits[0].dtype == torch.bfloat16
+            difference = float((logits[0][row].float() - expected_V.float()).norm() / expected_V.float().norm())
+            assert difference < 0.1
+
+
+def test_rotary_frequencies_that_transformers_leaves_out_are_noticed(checkpoints, monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedModel, "_init_weights", lambda _self, _module: None)
+    monkeypatch.setattr(transformers.MixtralPreTrainedModel, "_init_weights", lambda _self, _module: None)
+    with pytest.raises(ExecutionError, match=r"does not compute model\.rotary_emb\."):
+        load_backbone(checkpoints["mixtral"], dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mode", MODES)

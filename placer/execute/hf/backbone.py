@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from placer.core.errors import InputFileError, MismatchError
+from placer.core.errors import ExecutionError, InputFileError, MismatchError
 from placer.execute.checkpoint import CheckpointFiles
 from placer.execute.experts import ClampedGate
 from placer.execute.hf.architectures import Architecture, architecture_of
@@ -136,11 +136,18 @@ def _read_weights(
 @torch.no_grad()
 def _fill_buffers(model: Any, device: torch.device) -> None:
     """Computes what no checkpoint holds, such as the frequencies of rotary positions."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if module._non_persistent_buffers_set:
+    for path, module in model.named_modules():
+        names = sorted(module._non_persistent_buffers_set)
+        for name in names:
+            # not a number until transformers has computed it, so that what it left out cannot pass for a value
+            empty = getattr(module, name)
+            setattr(module, name, torch.full_like(empty, torch.nan if empty.is_floating_point() else -1, device=device))
+        if names:
             model._init_weights(module)
+        if lost := [name for name in names if bool(getattr(module, name).isnan().any())]:
+            raise ExecutionError(
+                f"transformers {transformers.__version__} does not compute {path}.{lost[0]}; use a later version"
+            )
 
 
 def _eos_ids(model_path: Path, config: Any) -> tuple[int, ...]:
