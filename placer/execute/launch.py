@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,10 +24,9 @@ from placer.core import errors
 from placer.core.errors import DependencyError, ExecutionError, PlacerError, UsageError
 from placer.core.timeline import Timeline
 from placer.execute.heartbeat import create_heartbeats, read_heartbeats, stage
-from placer.execute.job import ReplayJob
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
 
-__all__ = ["WORKER", "Host", "launch", "require_torch", "run_ranks"]
+__all__ = ["WORKER", "Host", "Job", "launch", "require_torch", "run_ranks"]
 
 WORKER = ("-m", "placer.execute.worker")
 GRACE_S = 5.0
@@ -34,6 +34,17 @@ VICTIMS_S = 3.0
 RENDEZVOUS_S = 120
 KEPT_LINES = 4000
 LEFT_BEHIND = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+
+
+class Job(Protocol):
+    """What the ranks are given: a file, and where they leave their Timeline."""
+
+    @property
+    def result_path(self) -> str:
+        """Where rank 0 writes the Timeline."""
+
+    def save(self, path: Path) -> None:
+        """Writes the job for `entry` to read."""
 
 
 def require_torch() -> None:
@@ -56,7 +67,7 @@ class Host:
 
 
 def run_ranks(
-    jobs: Sequence[ReplayJob],
+    jobs: Sequence[Job],
     *,
     num_ranks: int,
     timeout_s: float,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from placer.core.errors import InputFileError, UsageError
 from placer.core.model import Site
-from placer.execute import experts as experts_module
+from placer.execute import checkpoint as checkpoint_module
 from placer.execute import write_random_experts
 from placer.execute.experts import ExpertFile
 from placer.execute.random_experts import stored_layers
@@ -141,7 +141,7 @@ def save_sharded(folder, tensors):
 
 def test_only_named_experts_and_files_are_read(tmp_path, weights, monkeypatch):
     log = []
-    monkeypatch.setattr(experts_module, "safe_open", lambda path, **options: Spy(log, path, **options))
+    monkeypatch.setattr(checkpoint_module, "safe_open", lambda path, **options: Spy(log, path, **options))
     (tmp_path / "split").mkdir()
     (tmp_path / "fused").mkdir()
     save_sharded(tmp_path / "split", split_keys(weights))
