@@ -25,7 +25,8 @@ def birkhoff(load_RR: IntArray, most_rounds: int) -> tuple[IntArray, IntArray]:
     ranks = len(load_RR)
     total_RR = load_RR + _padding(load_RR)
     real_RR = load_RR.copy()
-    to_GR, amount_GR = [], []
+    to_GR: list[IntArray] = []
+    amount_GR: list[IntArray] = []
     match_R = np.full(ranks, -1, dtype=np.int64)
     while real_RR.any() and len(to_GR) < most_rounds:
         match_R = bottleneck_matching(total_RR, match_R)

@@ -7,6 +7,7 @@ Reference: FSMoE (arXiv 2501.10714), section 4.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -52,9 +53,7 @@ class DegreeChoice:
     real_degree: float
 
 
-def fsmoe_regime(
-    degree: float, t_a2a: float, t_ag: float, t_rs: float, t_exp: float, t_gar: float = 0.0
-) -> int:
+def fsmoe_regime(degree: float, t_a2a: float, t_ag: float, t_rs: float, t_exp: float, t_gar: float = 0.0) -> int:
     """Which of the paper's four cases holds: 1 network, 2 experts, 3 A2A, 4 links inside the node."""
     inside, computed, between = t_ag + t_rs, degree * t_exp, 2 * (degree - 1) * t_a2a
     compute_bound = t_gar <= computed - between + inside
@@ -90,16 +89,16 @@ def best_degree(times: LayerTimes, most: int, t_gar: float = 0.0) -> DegreeChoic
 def algorithm_1(times: LayerTimes, most: int, t_gar: float = 0.0) -> DegreeChoice:
     """The best degree by the continuous optima of the four cases, rounded; forward and `backward()` are separate calls.
 
-    The paper runs SLSQP under each case's conditions, then rounds the best. Here the conditions, times r, are quadratics
-    in r, so their roots cut [1, most] into intervals of one case each, in which the time a + b / r + c r is least at an
-    end or at sqrt(b / c). Every such degree is rounded both ways, not the best one alone.
+    The paper runs SLSQP under each case's conditions, then rounds the best. Here the conditions, times r, are
+    quadratics in r, so their roots cut [1, most] into intervals of one case each, in which the time a + b / r + c r is
+    least at an end or at sqrt(b / c). Every such degree is rounded both ways, not the best one alone.
     Guarantee: as fast as `best_degree`, since a convex time is least, over whole degrees, beside its real optimum or at
     an end. `real_degree` is the best real one (where cases meet with a jump, as they may if ag and rs differ: of those
     looked at). Complexity: constant, whatever `most` is.
     """
     ends = _breakpoints(times, float(most), t_gar)
     candidates = set(ends)
-    for low, high in zip(ends[:-1], ends[1:], strict=True):
+    for low, high in pairwise(ends):
         case = fsmoe_regime((low + high) / 2, *times.at((low + high) / 2), t_gar)
         falling, rising = _slopes(case, times)
         if rising > 0 and low < (turn := math.sqrt(falling / rising)) < high:

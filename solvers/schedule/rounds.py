@@ -6,7 +6,7 @@ each round costs its messages' alpha. one_factor: each pair whole, in R - 1 roun
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,21 @@ from placer.core.schedule import Rounds, expand_leg
 from solvers.schedule.birkhoff import birkhoff, complete
 from solvers.schedule.one_factor import one_factor_rounds
 
-__all__ = ["Family", "RoundsResult", "plan_rounds", "rounds_bound_ns", "rounds_families", "rounds_price_ns"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "RoundsResult",
+    "plan_rounds",
+    "rounds_bound_ns",
+    "rounds_families",
+    "rounds_price_ns",
+]
 
 IntArray = npt.NDArray[np.int64]
 
-Family = Literal["birkhoff", "one_factor"]
+Family = Literal["one_factor", "birkhoff"]
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 CAPS = (0, 1, 1.5, 2, 3, 4)
 """Most rounds that split pairs, in multiples of R - 1; what they leave is placed whole."""
