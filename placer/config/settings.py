@@ -8,8 +8,9 @@ from typing import Literal
 from placer.config.strict import from_mapping, read_yaml
 from placer.core.errors import UsageError
 from placer.core.modes import ReplicaChoice
+from placer.core.schedule import MOST_CHUNKS
 
-__all__ = ["ProfileSettings", "RunSettings", "Settings", "SolveSettings", "load_settings"]
+__all__ = ["ProfileSettings", "RunSettings", "ScheduleSettings", "Settings", "SolveSettings", "load_settings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +73,32 @@ class RunSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSettings:
+    """What `placer schedule` tries. Tokens of a prefill iteration are solve.batch_tokens.
+
+    decode_tokens   tokens of a decode iteration over all ranks
+    max_degree      pipeline degrees 1 to this
+    iterations      how many iterations, spread evenly over the trace, candidates are priced on
+    """
+
+    decode_tokens: int = 256
+    max_degree: int = 4
+    iterations: int = 32
+
+    def __post_init__(self) -> None:
+        _positive(self, "schedule", ("decode_tokens", "max_degree", "iterations"))
+        if self.max_degree > MOST_CHUNKS:
+            raise UsageError(f"schedule.max_degree is {self.max_degree}; give 1 to {MOST_CHUNKS}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings; `profile`, `solve` and `run` are the sections of the YAML file."""
+    """All settings; `profile`, `solve`, `run` and `schedule` are the sections of the YAML file."""
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
 
 def load_settings(path: Path | None) -> Settings:

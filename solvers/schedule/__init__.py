@@ -1,0 +1,1 @@
+"""What chooses how all-to-alls run: rounds, algorithm and pipeline degree, and the papers' own choosers."""
