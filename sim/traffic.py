@@ -29,8 +29,8 @@ from placer.core.schedule import Schedule, chunk_index, expand_leg
 __all__ = ["ChunkWork", "LayerWork", "Leg", "Work", "work_of"]
 
 INSIDE_LEG = {("per_node", "dispatch"): 1, ("per_node", "combine"): 0, ("2dh", "dispatch"): 0, ("2dh", "combine"): 0}
-"""Which leg of a two-level exchange stays within nodes; told from the scheme and not from the copies, so that streams do
-not depend on which iterations are simulated."""
+"""Which leg of a two-level exchange stays within nodes; told from the scheme and not from the copies, so that streams
+do not depend on which iterations are simulated."""
 
 IntArray = npt.NDArray[np.int64]
 

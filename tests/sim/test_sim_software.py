@@ -1,4 +1,4 @@
-"""Software costs and tails of a calibrated cluster: port is the closed form with them, tails only where ports are shared."""
+"""Software costs and tails of a calibrated cluster: port is the closed form with them; a tail needs a shared port."""
 
 import dataclasses
 
