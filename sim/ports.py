@@ -83,9 +83,9 @@ def open_ports(cluster: ClusterSpec, legs: list[Leg], window: int) -> Ports:
         links.append(cluster.uplink)
         uplinks = 2 * nodes
     price_XC3 = np.zeros((count, len(links), 3))
-    for leg, link in product(range(count), range(len(links))):
-        slope = legs[leg].copy_bytes / links[link].gbytes_per_s
-        price_XC3[leg, link] = links[link].alpha_ns, slope, slope * links[link].tail
+    for at, link in product(range(count), range(len(links))):
+        slope = legs[at].copy_bytes / links[link].gbytes_per_s
+        price_XC3[at, link] = links[link].alpha_ns, slope, slope * links[link].tail
     ports = Ports(
         copies_XRR=np.zeros((count, ranks, ranks), dtype=np.int32),
         node_R=cluster.node_R,

@@ -24,6 +24,7 @@ from placer.cli.plans import PlanArgument
 
 if TYPE_CHECKING:
     from placer.core.timeline import Timeline
+    from placer.report.paired import PairedRatio
 
 __all__ = ["register"]
 
@@ -31,6 +32,10 @@ ChromeFlag = Annotated[
     Path | None, typer.Option("--chrome", help="Also write a Chrome trace (open it in Perfetto or chrome://tracing).")
 ]
 TraceFlag = Annotated[Path, typer.Option("--trace", help="The routed tokens to send through the plan.")]
+KindFlag = Annotated[
+    str,
+    typer.Option("--for", help="prefill or decode: which of the plan's two schedules holds (see `placer schedule`)."),
+]
 ModeFlag = Annotated[str | None, typer.Option("--mode", help="Dispatch mode, if not the plan's own.")]
 
 
@@ -40,9 +45,11 @@ def simulate(
     cluster: ClusterFlag,
     output: OutFlag,
     fidelity: Annotated[
-        str, typer.Option(help="port (closed form) or phase (ranks run on without barriers).")
+        str,
+        typer.Option(help="port (closed form), phase (ranks run on without barriers) or flow (messages share links)."),
     ] = "phase",
     mode: ModeFlag = None,
+    kind: KindFlag = "prefill",
     iterations: Annotated[int | None, typer.Option(help="Simulate the first so many iterations only.")] = None,
     chrome: ChromeFlag = None,
     model: ModelFlag = None,
@@ -65,6 +72,7 @@ def simulate(
         load_cluster(cluster),
         fidelity=fidelity,
         mode=mode,
+        kind=kind,
         batch_tokens=settings.solve.batch_tokens,
         iterations=iterations,
         progress=progress_line("simulating"),
@@ -83,6 +91,15 @@ def run(
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes to start; must be the plan's number of ranks.")] = None,
     mode: ModeFlag = None,
+    kind: KindFlag = "prefill",
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Another plan to measure in the same launches, iteration by iteration in random order."),
+    ] = None,
+    lab: Annotated[
+        str | None,
+        typer.Option(help="Run in a shaped cluster of namespaces, such as 2x2@200mbit (needs root; see `placer lab`)."),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -98,23 +115,34 @@ def run(
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
     from placer.pipeline import measure
+    from placer.report.paired import paired_ratio
 
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
     require_distinct(output, chrome, inputs=(plan, trace))
     settings = load_settings(config)
-    timelines, names = measure(
+    measured = measure(
         Plan.load(plan),
         read_source(trace, None, tokens=True),
+        baseline=None if baseline is None else Plan.load(baseline),
         checkpoint=model,
         ranks=ranks,
         mode=mode,
+        kind=kind,
         settings=settings.run,
         cluster=None if cluster is None else load_cluster(cluster),
+        lab=lab,
         progress=status_line,
     )
-    _finish(timelines, names, output, chrome, as_json)
+    warn(list(measured.warnings))
+    found = measured.timelines
+    ratios = {}
+    if baseline is not None:
+        ratios["measured"] = paired_ratio(found["baseline measured"], found["measured"])
+        if cluster is not None:
+            ratios["predicted"] = paired_ratio(found["baseline predicted"], found["predicted"])
+    _finish(list(found.values()), list(found), output, chrome, as_json, ratios)
 
 
 def compare(
@@ -138,14 +166,21 @@ def compare(
     emit(as_json, comparison.to_dict(), comparison_tables(comparison))
 
 
-def _finish(timelines: "list[Timeline]", names: list[str], output: Path, chrome: Path | None, as_json: bool) -> None:
+def _finish(
+    timelines: "list[Timeline]",
+    names: list[str],
+    output: Path,
+    chrome: Path | None,
+    as_json: bool,
+    ratios: "dict[str, PairedRatio] | None" = None,
+) -> None:
     from placer.report.chrome import write_chrome_trace
     from placer.report.compare import compare as compare_timelines
     from placer.report.compare import comparison_tables
 
     # compared first: timelines that cannot be are not worth writing
     comparison = compare_timelines(timelines, names)
-    written = [output, *(output.with_suffix(f".{name}{output.suffix}") for name in names[1:])]
+    written = [output, *(output.with_suffix(f".{name.replace(' ', '-')}{output.suffix}") for name in names[1:])]
     for timeline, path in zip(timelines, written, strict=True):
         timeline.save(path)
     if chrome is not None:
@@ -157,12 +192,11 @@ def _finish(timelines: "list[Timeline]", names: list[str], output: Path, chrome:
     }
     data["timelines"] = [asdict(summary) for summary in comparison.timelines]
     data["errors"] = [asdict(error) for error in comparison.errors]
-    emit(
-        as_json,
-        data,
-        comparison_tables(comparison),
-        tuple(f"wrote {path}" for path in [*written, *([chrome] if chrome else [])]),
-    )
+    lines = [f"{name}: {ratio} against the baseline" for name, ratio in (ratios or {}).items()]
+    if ratios:
+        data["baseline_ratio"] = {name: asdict(ratio) for name, ratio in ratios.items()}
+    lines += [f"wrote {path}" for path in [*written, *([chrome] if chrome else [])]]
+    emit(as_json, data, comparison_tables(comparison), tuple(lines))
 
 
 def register(app: typer.Typer) -> None:

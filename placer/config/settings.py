@@ -55,7 +55,10 @@ class SolveSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Size of a measured replay. Weights are random and small unless --model gives a checkpoint."""
+    """Size of a measured replay. Weights are random and small unless --model gives a checkpoint.
+
+    `launches`: how often the ranks are started afresh. `realtime`: ranks run at real-time priority (needs root).
+    """
 
     hidden_size: int = 256
     moe_intermediate_size: int = 512
@@ -64,9 +67,11 @@ class RunSettings:
     warmup: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     timeout_s: float = 300.0
+    launches: int = 1
+    realtime: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "moe_intermediate_size", "tokens_per_iteration", "iterations", "timeout_s")
+        sizes = ("hidden_size", "moe_intermediate_size", "tokens_per_iteration", "iterations", "timeout_s", "launches")
         _positive(self, "run", sizes)
         if self.warmup < 0:
             raise UsageError(f"run.warmup is {self.warmup}; give 0 or more")

@@ -13,7 +13,17 @@ from placer.core.errors import InputFileError, UsageError
 from placer.core.modes import DISPATCH_MODES, DispatchMode
 from placer.core.schedule import KINDS, Kind, Schedule
 
-__all__ = ["BACKENDS", "DTYPES", "EXECUTION_MODES", "Backend", "DType", "ExecutionMode", "ReplayJob"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "EXECUTION_MODES",
+    "Backend",
+    "DType",
+    "ExecutionMode",
+    "ReplayJob",
+    "metadata_bytes",
+    "packed_bytes",
+]
 
 ExecutionMode = DispatchMode
 """The dispatch modes that the executor runs: all."""
@@ -31,6 +41,16 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 FORMAT = "placer-replay-job"
 VERSION = 1
 PATHS = ("plan_path", "expert_path", "weight_path", "source_path", "experts_path", "result_path")
+
+
+def packed_bytes(top_k: int, *, named: bool = False) -> int:
+    """Bytes in front of a packed copy's hidden state: a float32 weight and an int32 slot per choice, an int32 name."""
+    return 8 * top_k + 4 * named
+
+
+def metadata_bytes(mode: DispatchMode, top_k: int) -> int:
+    """Bytes that travel with each dispatched copy beside its hidden state."""
+    return 0 if mode == "per_expert" else packed_bytes(top_k, named=mode == "coherent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

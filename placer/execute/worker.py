@@ -27,10 +27,10 @@ from torch import Tensor
 
 from placer.core.errors import ExecutionError, PlacerError, UsageError
 from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
-from placer.execute.dispatch import Fabric, exchange, metadata_bytes
+from placer.execute.dispatch import Fabric, exchange
 from placer.execute.dispatch.lanes import Lanes
 from placer.execute.heartbeat import Heartbeat, die_with
-from placer.execute.job import Backend, ReplayJob
+from placer.execute.job import Backend, ReplayJob, metadata_bytes
 from placer.execute.loop import Clock, PreparedJob, Record, first_hidden, prepare, run_iteration
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
 

@@ -7,12 +7,13 @@ from placer.pipeline.checking import CheckReport, check_plan
 from placer.pipeline.planning import BASELINES, DEFAULT_CAP, Solved, judge, make_plan, solve
 from placer.pipeline.proving import Proof, certificate_of, prove, stored_certificate
 from placer.pipeline.sources import model_of_plan, open_source, open_trace, profile_of, sources_of, warn_mismatch
-from placer.pipeline.timelines import measure, predict
+from placer.pipeline.timelines import Measured, measure, predict
 
 __all__ = [
     "BASELINES",
     "DEFAULT_CAP",
     "CheckReport",
+    "Measured",
     "Proof",
     "Solved",
     "certificate_of",

@@ -33,7 +33,7 @@ class PairedRatio:
     def __str__(self) -> str:
         where = f"{self.launches} launches" if self.launches > 1 else "1 launch"
         return (
-            f"{self.median:.3f}x (launch medians {self.low:.3f} to {self.high:.3f}, {where}; "
+            f"{self.median:.3f}x as fast (launch medians {self.low:.3f} to {self.high:.3f}, {where}; "
             f"faster in {self.wins} of {self.rounds} rounds)"
         )
 

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placer.core.dispatch import assign_layer, layer_traffic
-from placer.execute.dispatch import ROW_MULTIPLE, combine, dispatch, fabric, metadata_bytes, weighted_sum
+from placer.execute.dispatch import ROW_MULTIPLE, combine, dispatch, fabric, weighted_sum
 from placer.execute.dispatch.rows import expert_rows, fan_out, pack, unpack
 from placer.execute.experts import ExpertWeights, grouped_ffn, swiglu
+from placer.execute.job import metadata_bytes
 from placer.execute.reference import attention_stand_in, hidden_states, moe_layer
 
 HIDDEN, INNER = 16, 8

@@ -24,7 +24,7 @@ from placer.core.modes import DispatchMode
 from placer.execute.dispatch.fabric import Carriage, Fabric, exchange
 from placer.execute.dispatch.layer import run_layer
 from placer.execute.dispatch.per_node import PerNode
-from placer.execute.dispatch.rows import ROW_MULTIPLE, packed_bytes, weighted_sum
+from placer.execute.dispatch.rows import ROW_MULTIPLE, weighted_sum
 from placer.execute.dispatch.shipment import AllGather, PerExpert, PerRank, Shipment, agree_on_counts
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "combine",
     "dispatch",
     "exchange",
-    "metadata_bytes",
     "run_layer",
     "weighted_sum",
 ]
@@ -99,8 +98,3 @@ def combine(out_XH: Tensor, metadata: DispatchMetadata) -> Tensor:
     for hop in metadata.shipment.homeward:
         rows = hop.run(rows)
     return metadata.shipment.finish(rows)
-
-
-def metadata_bytes(mode: DispatchMode, top_k: int) -> int:
-    """Bytes that travel with each dispatched copy beside its hidden state."""
-    return 0 if mode == "per_expert" else packed_bytes(top_k, named=mode == "coherent")

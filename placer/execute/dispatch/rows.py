@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["ROW_MULTIPLE", "expert_rows", "fan_out", "pack", "packed_bytes", "positions", "unpack", "weighted_sum"]
+from placer.execute.job import packed_bytes
+
+__all__ = ["ROW_MULTIPLE", "expert_rows", "fan_out", "pack", "positions", "unpack", "weighted_sum"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -68,11 +70,6 @@ def expert_rows(arrived_CH: Tensor, slot_CK: Tensor, pairs_P: IntArray) -> tuple
     expert_row_CK = torch.full((copies * top_k,), last, device=device)
     expert_row_CK[pair_N] = row_N
     return rows_XH, padded_P.tolist(), expert_row_CK.view(copies, top_k)
-
-
-def packed_bytes(top_k: int, *, named: bool = False) -> int:
-    """Bytes in front of a packed copy's hidden state: a float32 weight and an int32 slot per choice, an int32 name."""
-    return 8 * top_k + 4 * named
 
 
 def pack(x_CH: Tensor, slot_CK: Tensor, weight_CK: Tensor, name_C: Tensor | None = None) -> Tensor:
