@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import simpy
 
-from sim.ports import arrive, open_ports
+from sim.ports import arrive, open_ports, quiet_arrivals
 from sim.stages import Stage, StageTimes, needs_of
 from sim.traffic import Work
 
@@ -52,6 +52,8 @@ class _Iteration:
         self._first_leg_G = np.cumsum([0] + [len(stage.legs) for stage in stages]).tolist()
         self._stage_X = [index for index, stage in enumerate(stages) for _ in stage.legs]
         self._ports = open_ports(work.cluster, [leg for stage in stages for leg in stage.legs], window)
+        self._held_X: list[list[tuple[int, int]]] = [[] for _ in self._stage_X]
+        self._quiet_X = [quiet_arrivals(self._ports, leg) for leg in range(len(self._stage_X))]
         self._leaves = np.zeros((2 * ranks, 3), dtype=np.int64)
 
     def run(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -88,11 +90,15 @@ class _Iteration:
             self._begin(self._finish(stage, rank), rank)
 
     def _enter(self, leg: int, rank: int) -> None:
-        """Hands this rank's copies to the ports; whoever may leave a leg because of it will."""
-        count = arrive(self._ports, leg, rank, self._env.now, self._leaves)
-        if count:
-            for left, other, time_ns in self._leaves[:count].tolist():
-                self._wake(time_ns, self._stage_X[left], left + 1, other)
+        """Hands this rank's copies to the ports, now or with others'; whoever may leave a leg then, will."""
+        held = self._held_X[leg]
+        held.append((rank, self._env.now))
+        if len(held) <= self._quiet_X[leg]:
+            return
+        count, self._quiet_X[leg] = arrive(self._ports, leg, np.array(held, dtype=np.int64), self._leaves)
+        held.clear()
+        for left, other, time_ns in self._leaves[:count].tolist() if count else ():
+            self._wake(time_ns, self._stage_X[left], left + 1, other)
 
     def _finish(self, stage: int, rank: int) -> list[int]:
         """The stages that this rank may begin because it is done with `stage`."""

@@ -26,7 +26,9 @@ def port_times(work: Work, stages: list[Stage]) -> StageTimes:
     stream_W = {stage.stream: none_W for stage in stages}
     done_GW: list[IntArray] = []
     for index, stage in enumerate(stages):
-        clock_W = np.max([stream_W[stage.stream], *(done_GW[before] for before in stage.after)], axis=0)
+        clock_W = stream_W[stage.stream]
+        for before in stage.after:
+            clock_W = np.maximum(clock_W, done_GW[before])
         start_WGR[:, index] = end_WGR[:, index] = clock_W[:, None]
         if stage.work_WR is not None:
             end_WGR[:, index] += stage.work_WR
@@ -34,7 +36,7 @@ def port_times(work: Work, stages: list[Stage]) -> StageTimes:
         for leg in stage.legs:
             busy_WR = leg.busy_WR(work.cluster)
             np.add(clock_W[:, None], busy_WR, out=end_WGR[:, index], where=busy_WR > 0)
-            clock_W = clock_W + leg.times.slowest_W
+            clock_W = clock_W + busy_WR.max(axis=1)
         stream_W[stage.stream] = clock_W
         done_GW.append(clock_W)
     return StageTimes(start_WGR, end_WGR, np.max([none_W, *done_GW], axis=0))
