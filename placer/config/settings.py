@@ -9,7 +9,7 @@ from placer.config.strict import from_mapping, read_yaml
 from placer.core.errors import UsageError
 from placer.core.modes import ReplicaChoice
 
-__all__ = ["ProfileSettings", "RunSettings", "Settings", "SolveSettings", "load_settings"]
+__all__ = ["CalibrateSettings", "ProfileSettings", "RunSettings", "Settings", "SolveSettings", "load_settings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +72,36 @@ class RunSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateSettings:
+    """At which shapes and sizes `placer calibrate` measures; what is left out is as in section `run`.
+
+    realtime: ask for realtime priority (root only): far less noise, but everything else on the machine waits.
+    """
+
+    hidden_size: int | None = None
+    moe_intermediate_size: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    message_bytes: tuple[int, ...] = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+    rows: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    experts_per_rank: int = 8
+    top_k: int = 2
+    repetitions: int = 9
+    launches: int = 2
+    realtime: bool = False
+
+    def __post_init__(self) -> None:
+        optional = [name for name in ("hidden_size", "moe_intermediate_size") if getattr(self, name) is not None]
+        _positive(self, "calibrate", (*optional, "experts_per_rank", "top_k", "repetitions", "launches"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings; `profile`, `solve` and `run` are the sections of the YAML file."""
+    """All settings; `profile`, `solve`, `run` and `calibrate` are the sections of the YAML file."""
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
 
 
 def load_settings(path: Path | None) -> Settings:
