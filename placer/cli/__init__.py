@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from placer import __version__
-from placer.cli import lab, plans, schedule, timelines, trace
+from placer.cli import calibrate, lab, plans, schedule, timelines, trace
 from placer.core.errors import InputFileError, PlacerError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,7 @@ app.add_typer(trace.app, name="trace")
 plans.register(app)
 timelines.register(app)
 schedule.register(app)
+calibrate.register(app)
 lab.register(app)
 
 

@@ -43,7 +43,9 @@ ClusterFlag = Annotated[
         "cpu-4x1-200mbit, cpu-4) or a YAML file.",
     ),
 ]
-ConfigFlag = Annotated[Path | None, typer.Option("--config", help="YAML with sections profile, solve and run.")]
+ConfigFlag = Annotated[
+    Path | None, typer.Option("--config", help="YAML with sections profile, solve, run and calibrate.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 ModelFlag = Annotated[
     str | None,

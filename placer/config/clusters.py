@@ -2,16 +2,22 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from placer.config.strict import from_mapping, read_yaml
+from placer.core.atomic import write_text_atomically
 from placer.core.cluster import ClusterSpec
 from placer.core.errors import InputFileError, UsageError
 
-__all__ = ["cluster_names", "load_cluster"]
+__all__ = ["cluster_names", "load_cluster", "save_cluster"]
 
+CALIBRATION = "calibration"
 GENERIC = re.compile(r"node(?P<flat>[1-9]\d{0,4})|(?P<nodes>[1-9]\d{0,4})x(?P<ranks>[1-9]\d{0,4})")
 
 
@@ -47,4 +53,17 @@ def _read(path: Path) -> ClusterSpec:
     data = read_yaml(path)
     if data is None:
         raise InputFileError(f"{path}: is empty; give {', '.join(field.name for field in fields(ClusterSpec))}")
+    # how good the numbers are is for people
+    if isinstance(data, dict) and not isinstance(about := data.pop(CALIBRATION, {}), Mapping):
+        raise InputFileError(f"{path}: {CALIBRATION} must be a mapping, got a {type(about).__name__}")
     return from_mapping(ClusterSpec, data, where=str(path))
+
+
+def save_cluster(cluster: ClusterSpec, path: Path, *, calibration: Mapping[str, Any] | None = None) -> None:
+    """Writes the YAML form that `load_cluster` reads, whole or not at all; it ignores the block `calibration`."""
+    data = {key: value for key, value in cluster.to_dict().items() if value is not None}
+    for field in [name for name, value in data.items() if isinstance(value, dict)]:
+        data[field] = {key: value for key, value in data[field].items() if value is not None}
+    if calibration is not None:
+        data[CALIBRATION] = dict(calibration)
+    write_text_atomically(Path(path), yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None))

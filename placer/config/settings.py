@@ -10,7 +10,15 @@ from placer.core.errors import UsageError
 from placer.core.modes import ReplicaChoice
 from placer.core.schedule import MOST_CHUNKS
 
-__all__ = ["ProfileSettings", "RunSettings", "ScheduleSettings", "Settings", "SolveSettings", "load_settings"]
+__all__ = [
+    "CalibrateSettings",
+    "ProfileSettings",
+    "RunSettings",
+    "ScheduleSettings",
+    "Settings",
+    "SolveSettings",
+    "load_settings",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +105,37 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateSettings:
+    """At which shapes and sizes `placer calibrate` measures; what is left out is as in section `run`.
+
+    realtime: ask for realtime priority (root only): far less noise, but everything else on the machine waits.
+    """
+
+    hidden_size: int | None = None
+    moe_intermediate_size: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    message_bytes: tuple[int, ...] = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+    rows: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    experts_per_rank: int = 8
+    top_k: int = 2
+    repetitions: int = 9
+    launches: int = 2
+    realtime: bool = False
+
+    def __post_init__(self) -> None:
+        optional = [name for name in ("hidden_size", "moe_intermediate_size") if getattr(self, name) is not None]
+        _positive(self, "calibrate", (*optional, "experts_per_rank", "top_k", "repetitions", "launches"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings; `profile`, `solve`, `run` and `schedule` are the sections of the YAML file."""
+    """All settings; the sections of the YAML file are `profile`, `solve`, `run`, `schedule` and `calibrate`."""
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     run: RunSettings = field(default_factory=RunSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
 
 
 def load_settings(path: Path | None) -> Settings:

@@ -3,6 +3,7 @@
 RoutingTrace -> Profile -> PlacementProblem -> SolveResult -> Plan -> check, simulate, run, export.
 """
 
+from placer.pipeline.calibrating import calibrate_cluster
 from placer.pipeline.checking import CheckReport, check_plan
 from placer.pipeline.planning import BASELINES, DEFAULT_CAP, Solved, judge, make_plan, solve
 from placer.pipeline.proving import Proof, certificate_of, prove, stored_certificate
@@ -16,6 +17,7 @@ __all__ = [
     "Measured",
     "Proof",
     "Solved",
+    "calibrate_cluster",
     "certificate_of",
     "check_plan",
     "judge",
