@@ -83,6 +83,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._zero_ns, self._zero = 0, None
+        self._marks: list[Any] = []
 
     def start(self) -> Any:
         """The first stamp of an iteration."""
@@ -90,10 +91,16 @@ class Clock:
             torch.cuda.synchronize()
         self._zero_ns = perf_counter_ns()
         self._zero = stamp(self._device)
+        self._marks = [self._zero]
         return self._zero
 
-    def read_ns(self, stamps: list[Any]) -> IntArray:
-        """The stamps in nanoseconds, (len(stamps),)."""
+    def mark(self) -> None:
+        """Keeps a stamp of now, for phases that follow each other without gaps."""
+        self._marks.append(stamp(self._device))
+
+    def read_ns(self, stamps: list[Any] | None = None) -> IntArray:
+        """The stamps in nanoseconds, (len(stamps),); None: the start and what `mark` kept."""
+        stamps = self._marks if stamps is None else stamps
         if self._device.type != "cuda":
             return np.array(stamps, dtype=np.int64)
         torch.cuda.synchronize()
