@@ -3,7 +3,7 @@
 Legend: L sites, T tokens (own ones unless said), K top-k, H hidden size, P slots of one rank, G spans of one iteration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -83,6 +83,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._zero_ns, self._zero = 0, None
+        self._marks: list[Any] = []
 
     def start(self) -> Any:
         """The first stamp of an iteration."""
@@ -90,10 +91,16 @@ class Clock:
             torch.cuda.synchronize()
         self._zero_ns = perf_counter_ns()
         self._zero = stamp(self._device)
+        self._marks = [self._zero]
         return self._zero
 
-    def read_ns(self, stamps: list[Any]) -> IntArray:
-        """The stamps in nanoseconds, (len(stamps),)."""
+    def mark(self) -> None:
+        """Keeps a stamp of now, for phases that follow each other without gaps."""
+        self._marks.append(stamp(self._device))
+
+    def read_ns(self, stamps: list[Any] | None = None) -> IntArray:
+        """The stamps in nanoseconds, (len(stamps),); None: the start and what `mark` kept."""
+        stamps = self._marks if stamps is None else stamps
         if self._device.type != "cuda":
             return np.array(stamps, dtype=np.int64)
         torch.cuda.synchronize()
@@ -192,6 +199,10 @@ def run_iteration(
 Spans = list[tuple[int, Span]]
 
 
+def _experts(experts_P: list[ExpertWeights | None]) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    return lambda rows_XH, rows_P: grouped_ffn(rows_XH, rows_P, experts_P)
+
+
 def _stay(
     prepared: PreparedJob, index: int, hidden_TH: Tensor, fabric: Fabric, lanes: Lanes, clock: Clock, beat: Beat
 ) -> tuple[Spans, Tensor]:
@@ -210,8 +221,7 @@ def _stay(
         shipments = [
             kind(fabric, carriage, x_TH[a:b], slot_TK[a:b], weight_TK[a:b], per_rank) for a, b in pairwise(cuts)
         ]
-        experts = partial(grouped_ffn, experts_P=experts_P)
-        sums, done = run_layer(shipments, experts, lanes, normed, partial(beat, layer))
+        sums, done = run_layer(shipments, _experts(experts_P), lanes, normed, partial(beat, layer))
         update_TH = sums[0] if len(sums) == 1 else torch.cat(sums)
         spans += [(layer, span) for span in (Span(ATTENTION, begin, normed, tokens=tokens), *done)]
         begin = done[-1].end if len(shipments) == 1 else stamp(prepared.device)
@@ -244,8 +254,7 @@ def _wander(
             )
             for a, b in pairwise(chunk_bounds(tokens, prepared.degree_L[layer]))
         ]
-        experts = partial(grouped_ffn, experts_P=experts_P)
-        sums, done = run_layer(shipments, experts, lanes, added, partial(beat, layer))
+        sums, done = run_layer(shipments, _experts(experts_P), lanes, added, partial(beat, layer))
         spans += [(layer, span) for span in (Span(ATTENTION, begin, added, tokens=tokens), *done)]
         begin = done[-1].end if len(shipments) == 1 else stamp(device)
         name_T, order_T = torch.cat([one.name_M for one in shipments]).sort()

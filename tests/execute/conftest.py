@@ -200,7 +200,6 @@ class InlineLanes:
         ticket = Ticket(begin=perf_counter_ns())
         ticket.result = job(None if after is None else after.join())
         ticket.end = perf_counter_ns()
-        ticket.done.set()
         return ticket
 
 

@@ -65,7 +65,7 @@ from placer.execute import loop, worker
 real, calls = loop.grouped_ffn, []
 def grouped_ffn(*arguments, **named):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 3:
+    if os.environ["RANK"] == "1" and len(calls) == {call}:
         print("placer-progress: stops", flush=True)
         os.kill(os.getpid(), signal.{signal})
     return real(*arguments, **named)
@@ -74,18 +74,19 @@ os._exit(worker.main(sys.argv[1:]))
 """
 
 
-def stopping_worker(folder, number):
+def stopping_worker(folder, number, call):
     script = folder / "stops.py"
-    script.write_text(STOPS.format(signal=number.name))
+    script.write_text(STOPS.format(signal=number.name, call=call))
     return (str(script),)
 
 
 def test_a_stopped_rank_is_named_and_ended_at_the_timeout(job, tmp_path, nothing_left):
     """SIGSTOP: the process is there and answers nothing, not even SIGTERM."""
     said = []
+    job = replace(job, schedule=None)  # of two ranks whose chunks overlap none is behind the other
     with pytest.raises(ExecutionError, match=r"^2 ranks did not finish within 14 s; ") as info:
         run_ranks(
-            [job], num_ranks=2, timeout_s=14, entry=stopping_worker(tmp_path, signal.SIGSTOP), progress=said.append
+            [job], num_ranks=2, timeout_s=14, entry=stopping_worker(tmp_path, signal.SIGSTOP, 2), progress=said.append
         )
     assert "\n" not in str(info.value)
     if "stops" in said:
@@ -94,7 +95,7 @@ def test_a_stopped_rank_is_named_and_ended_at_the_timeout(job, tmp_path, nothing
 
 def test_a_rank_killed_while_chunks_travel_is_named(job, tmp_path, nothing_left):
     with pytest.raises(ExecutionError, match=r"^rank 1 died \(SIGKILL; .* at: step 0, layer 1, experts$"):
-        run_ranks([job], num_ranks=2, timeout_s=180, entry=stopping_worker(tmp_path, signal.SIGKILL))
+        run_ranks([job], num_ranks=2, timeout_s=180, entry=stopping_worker(tmp_path, signal.SIGKILL, 3))
 
 
 def start_alone(job, tmp_path, **environment):

@@ -141,7 +141,7 @@ def exchange_counts(told_RW: Tensor) -> tuple[IntArray, IntArray]:
     """What this rank told each rank and heard from each, (R, ...): one small exchange and one wait for the device."""
     heard_RW = torch.empty_like(told_RW)
     dist.all_to_all_single(heard_RW, told_RW)
-    both = torch.stack([told_RW, heard_RW]).cpu().numpy().astype(np.int64)
+    both = torch.stack([told_RW, heard_RW]).cpu().numpy()
     return both[0], both[1]
 
 

@@ -4,10 +4,9 @@ On a CPU a lane is a thread (the back end's own threads move the bytes meanwhile
 Ticket that says when the job began and ended. Jobs begin in the order of their submission, whenever their inputs come.
 """
 
-import queue
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, Protocol
 
@@ -25,22 +24,20 @@ def stamp(device: torch.device) -> Any:
     return event
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket:
     """A job's result and when it ran; `join` waits for it: on CUDA it makes the current stream wait."""
 
     result: Any = None
     begin: Any = None
     end: Any = None
-    error: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    future: Future[None] | None = None
 
     def join(self) -> Any:
         """The job's result. Raises what the job raised."""
-        self.done.wait()
-        if self.error is not None:
-            raise self.error
-        if not isinstance(self.end, int):
+        if self.future is not None:
+            self.future.result()
+        elif not isinstance(self.end, int):
             torch.cuda.current_stream().wait_event(self.end)
         return self.result
 
@@ -57,31 +54,25 @@ class ThreadLane:
     """A thread of its own. After a job has failed, jobs that build on it fail too."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[Any], Any], Ticket | None, Ticket] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._thread = ThreadPoolExecutor(max_workers=1)
 
     def submit(self, job: Callable[[Any], Any], after: Ticket | None = None) -> Ticket:
         """Queues a job for the thread."""
         ticket = Ticket()
-        self._jobs.put((job, after, ticket))
+        ticket.future = self._thread.submit(_run, job, after, ticket)
         return ticket
 
     def close(self) -> None:
         """Ends the thread once its jobs are done."""
-        self._jobs.put(None)
+        self._thread.shutdown()
 
-    @torch.inference_mode()
-    def _work(self) -> None:
-        while (entry := self._jobs.get()) is not None:
-            job, after, ticket = entry
-            try:
-                given = None if after is None else after.join()
-                ticket.begin = perf_counter_ns()
-                ticket.result = job(given)
-                ticket.end = perf_counter_ns()
-            except BaseException as error:  # noqa: BLE001 (raised by join)
-                ticket.error = error
-            ticket.done.set()
+
+@torch.inference_mode()
+def _run(job: Callable[[Any], Any], after: Ticket | None, ticket: Ticket) -> None:
+    given = None if after is None else after.join()
+    ticket.begin = perf_counter_ns()
+    ticket.result = job(given)
+    ticket.end = perf_counter_ns()
 
 
 class DeviceLane:
@@ -99,7 +90,6 @@ class DeviceLane:
             ticket.begin = stamp(self._device)
             ticket.result = job(given)
             ticket.end = stamp(self._device)
-        ticket.done.set()
         return ticket
 
     def close(self) -> None:

@@ -44,8 +44,11 @@ def fan_out(touched_TD: Tensor, count: int, most: int) -> tuple[Tensor, Tensor, 
     row after the last copy.
     """
     rows, destinations = touched_TD.shape
-    at_C = positions(touched_TD.T.reshape(-1), count)
-    destination_C, row_C = at_C // max(1, rows), at_C % max(1, rows)
+    if touched_TD.device.type == "cpu":
+        destination_C, row_C = torch.nonzero(touched_TD.T, as_tuple=True)
+    else:
+        at_C = positions(touched_TD.T.reshape(-1), count)
+        destination_C, row_C = at_C // max(1, rows), at_C % max(1, rows)
     back_TD = torch.full((rows, destinations), count, device=touched_TD.device)
     back_TD[row_C, destination_C] = torch.arange(count, device=touched_TD.device)
     # copies are ordered by destination: ascending copies are ascending destinations, and the absent ones go last

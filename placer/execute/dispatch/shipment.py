@@ -49,6 +49,8 @@ class Shipment(ABC):
         self.fabric, self.carriage, self.slots_per_rank = fabric, carriage, slots_per_rank
         self.x_TH, self.slot_TK, self.weight_TK = x_TH, slot_TK, weight_TK
         self.top_k = slot_TK.shape[1]
+        # rank that serves each choice, R where there is none
+        self.rank_TK = torch.where(slot_TK >= 0, slot_TK // slots_per_rank, fabric.num_ranks)
 
     @property
     def pairs_RP(self) -> Tensor:
@@ -56,11 +58,6 @@ class Shipment(ABC):
         slots = self.fabric.num_ranks * self.slots_per_rank
         count = torch.bincount(self.slot_TK.reshape(-1) + 1, minlength=slots + 1)
         return count[1:].view(self.fabric.num_ranks, self.slots_per_rank)
-
-    @property
-    def rank_TK(self) -> Tensor:
-        """Rank that serves each choice, R where there is none."""
-        return torch.where(self.slot_TK >= 0, self.slot_TK // self.slots_per_rank, self.fabric.num_ranks)
 
     @property
     def touched_TR(self) -> Tensor:
@@ -224,9 +221,8 @@ class PerRank(_OneLevel, PartialSums):
     def pack(self) -> Tensor:
         """Copies, sorted by destination."""
         rank_C, token_C, self.home_row_TJ = fan_out(self.to_TR, self.sent, self.most_destinations())
-        slot_CK = self.slot_TK[token_C]
-        here_CK = (slot_CK >= 0) & (slot_CK // self.slots_per_rank == rank_C[:, None])
-        slot_CK = torch.where(here_CK, slot_CK % self.slots_per_rank, -1)
+        rank_CK, first_C = self.rank_TK[token_C], (rank_C * self.slots_per_rank)[:, None]
+        slot_CK = torch.where(rank_CK == rank_C[:, None], self.slot_TK[token_C] - first_C, -1)
         return pack(self.x_TH[token_C], slot_CK, self.weight_TK[token_C])
 
 
@@ -252,13 +248,12 @@ def agree_on_counts(shipments: Sequence[Shipment]) -> None:
     told = [torch.cat([counts.reshape(ranks, -1) for counts in header.values()], dim=1) for header in headers]
     told_RDW, heard_RDW = exchange_counts(torch.stack(told, dim=1).to(torch.int32))
     shapes = {name: counts.shape for name, counts in headers[0].items()}
-    cuts = np.cumsum([shape[1:].numel() for shape in shapes.values()])[:-1]
     for chunk, shipment in enumerate(shipments):
-        told_by, heard_by = (
-            {
-                name: part.reshape(shape)
-                for (name, shape), part in zip(shapes.items(), np.split(whole_RDW[:, chunk], cuts, axis=1), strict=True)
-            }
-            for whole_RDW in (told_RDW, heard_RDW)
-        )
-        shipment.accept(told_by, heard_by)
+        by_name: tuple[dict[str, IntArray], ...] = ({}, {})
+        at = 0
+        for name, shape in shapes.items():
+            width = shape[1:].numel()
+            for counts, whole_RDW in zip(by_name, (told_RDW, heard_RDW), strict=True):
+                counts[name] = whole_RDW[:, chunk, at : at + width].reshape(shape)
+            at += width
+        shipment.accept(*by_name)
