@@ -70,13 +70,13 @@ def choose_layer_slots(
                 hashed = (np.uint64(token) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
                 pick = np.int64(hashed % np.uint64(count))
             elif deals:
-                pick = (turn_ER[expert, source] + source) % count
+                pick = np.int64((turn_ER[expert, source] + source) % count)
                 turn_ER[expert, source] += 1
             elif tables.choice == LOCAL_OR_UNIFORM:
-                pick = -1
+                pick = np.int64(-1)
                 for replica in range(count):
                     if tables.rank_P[slot_EN[expert, replica]] == source:
-                        pick = replica
+                        pick = np.int64(replica)
                         break
                 if pick < 0:
                     pick = np.int64(_unit_hash(token, expert) * count)
@@ -195,9 +195,7 @@ def _add_ranks(
 
 
 @njit(cache=True, inline="always")
-def _heaviest(
-    rank_C: IntArray, held_C: IntArray, share_C: FloatArray, count: int, source: int, hashed: float
-) -> int:
+def _heaviest(rank_C: IntArray, held_C: IntArray, share_C: FloatArray, count: int, source: int, hashed: float) -> int:
     """The rank that holds most; of equal ones the source, else one by hash in proportion to the shares."""
     most = 0
     for at in range(count):

@@ -106,9 +106,7 @@ def count_iteration(
 
 
 @njit(cache=True)
-def _add_tokens(
-    slot_IK: npt.NDArray[np.int32], location_I: IntArray, tokens_P: IntArray, home_R: IntArray
-) -> None:
+def _add_tokens(slot_IK: npt.NDArray[np.int32], location_I: IntArray, tokens_P: IntArray, home_R: IntArray) -> None:
     for token in range(len(slot_IK)):
         home_R[location_I[token]] += 1
         for k in range(slot_IK.shape[1]):
@@ -198,7 +196,7 @@ def _send_coherent(
         for k in range(slot_IK.shape[1]):
             if slot_IK[token, k] < 0:
                 continue
-            rank = np.int64(rank_P[slot_IK[token, k]])
+            rank = int(rank_P[slot_IK[token, k]])
             if after < 0:
                 after = rank
             if seen_R[rank] != stamp + token:

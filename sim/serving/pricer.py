@@ -193,7 +193,7 @@ class PlanPricer:
 
 @dataclass(frozen=True, slots=True)
 class _Leg:
-    """One leg in all layers: port times, the busiest, copies that each rank sends and receives, copies sent by class."""
+    """One leg in all layers: port times, the busiest, copies that a rank sends and receives, copies sent by class."""
 
     busy_DCLR: IntArray
     uplink_DLN: IntArray
