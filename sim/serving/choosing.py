@@ -17,7 +17,6 @@ VISIT_FIRST = REPLICA_CHOICES.index("visit_first")
 LOCAL_OR_UNIFORM = REPLICA_CHOICES.index("local_or_uniform")
 TOKEN_HASH = REPLICA_CHOICES.index("token_hash")
 ROUND_ROBIN = REPLICA_CHOICES.index("round_robin")
-OPEN = -2
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -125,7 +124,8 @@ def _visit_first(
     """Experts with one slot stay; of the others those on ranks so visited are drawn there, the rest rank by rank."""
     top_k = slot_IK.shape[1]
     seen_R = np.full(int(rank_P[-1]) + 1, -1, dtype=np.int64)
-    expert_K = np.zeros(top_k, dtype=np.int64)
+    # the columns that are still open, and their experts
+    open_K, expert_K = np.zeros(top_k, dtype=np.int64), np.zeros(top_k, dtype=np.int64)
     rank_C = np.zeros(top_k * slot_EN.shape[1], dtype=np.int64)
     held_C = np.zeros(len(rank_C), dtype=np.int64)
     share_C = np.zeros(len(rank_C))
@@ -134,35 +134,38 @@ def _visit_first(
         several = 0
         stamp += 1
         for k in range(top_k):
-            if slot_IK[token, k] < 0:
+            slot = slot_IK[token, k]
+            if slot < 0:
                 continue
-            expert_K[k] = np.int64(expert_TK[row_I[token], k])
-            if count_E[expert_K[k]] > 1:
-                slot_IK[token, k] = OPEN
-                several += 1
+            expert = np.int64(expert_TK[row_I[token], k])
+            if count_E[expert] == 1:
+                seen_R[rank_P[slot]] = stamp
             else:
-                seen_R[rank_P[slot_IK[token, k]]] = stamp
-        for k in range(top_k):
-            if several and slot_IK[token, k] == OPEN:
-                slot = _draw(slot_EN, count_E, weight_EN, rank_P, expert_K[k], seen_R, stamp, token)
-                if slot >= 0:
-                    slot_IK[token, k] = slot
-                    several -= 1
-        while several:
+                open_K[several], expert_K[several] = k, expert
+                several += 1
+        left = 0
+        for at in range(several):
+            slot = _draw(slot_EN, count_E, weight_EN, rank_P, expert_K[at], seen_R, stamp, token)
+            if slot >= 0:
+                slot_IK[token, open_K[at]] = slot
+            else:
+                open_K[left], expert_K[left] = open_K[at], expert_K[at]
+                left += 1
+        while left:
             stamp += 1
-            count, first = 0, len(count_E)
-            for k in range(top_k):
-                if slot_IK[token, k] == OPEN:
-                    first = min(first, expert_K[k])
-                    count = _add_ranks(held_EN, held_weight_EN, expert_K[k], rank_C, held_C, share_C, count)
-            rank = _heaviest(rank_C, held_C, share_C, count, source_I[token], _unit_hash(token, first))
-            seen_R[rank] = stamp
-            for k in range(top_k):
-                if slot_IK[token, k] == OPEN:
-                    slot = _draw(slot_EN, count_E, weight_EN, rank_P, expert_K[k], seen_R, stamp, token)
-                    if slot >= 0:
-                        slot_IK[token, k] = slot
-                        several -= 1
+            count, first = 0, expert_K[0]
+            for at in range(left):
+                first = min(first, expert_K[at])
+                count = _add_ranks(held_EN, held_weight_EN, expert_K[at], rank_C, held_C, share_C, count)
+            seen_R[_heaviest(rank_C, held_C, share_C, count, source_I[token], token, first)] = stamp
+            several, left = left, 0
+            for at in range(several):
+                slot = _draw(slot_EN, count_E, weight_EN, rank_P, expert_K[at], seen_R, stamp, token)
+                if slot >= 0:
+                    slot_IK[token, open_K[at]] = slot
+                else:
+                    open_K[left], expert_K[left] = open_K[at], expert_K[at]
+                    left += 1
 
 
 @njit(cache=True, inline="always")
@@ -195,25 +198,30 @@ def _add_ranks(
 
 
 @njit(cache=True, inline="always")
-def _heaviest(rank_C: IntArray, held_C: IntArray, share_C: FloatArray, count: int, source: int, hashed: float) -> int:
+def _heaviest(
+    rank_C: IntArray, held_C: IntArray, share_C: FloatArray, count: int, source: int, token: int, first: int
+) -> int:
     """The rank that holds most; of equal ones the source, else one by hash in proportion to the shares."""
     most = 0
     for at in range(count):
         most = max(most, held_C[at])
     total = 0.0
+    chosen = -1
     for at in range(count):
         if held_C[at] == most:
-            if rank_C[at] == source:
-                return source
             total += share_C[at]
-    level = hashed * total
-    reached = 0.0
-    for at in range(count):
-        if held_C[at] == most:
-            reached += share_C[at]
-            if reached > level:
-                return rank_C[at]
-    return rank_C[count - 1]
+            if rank_C[at] == source:
+                chosen = at
+    if chosen < 0:
+        level = _unit_hash(token, first) * total
+        reached = 0.0
+        for at in range(count):
+            if held_C[at] == most:
+                reached += share_C[at]
+                chosen = at
+                if reached > level:
+                    break
+    return rank_C[chosen]
 
 
 @njit(cache=True, inline="always")
@@ -229,20 +237,24 @@ def _draw(
 ) -> int:
     """One of the expert's slots on ranks with this stamp, by hash in proportion to the weights; -1 where none is."""
     total = 0.0
-    for replica in range(count_E[expert]):
-        if seen_R[rank_P[slot_EN[expert, replica]]] == stamp:
-            total += weight_EN[expert, replica]
-    if total == 0:
-        return -1
-    level = _unit_hash(token, expert) * total
-    reached = 0.0
+    found, chosen = 0, -1
     for replica in range(count_E[expert]):
         slot = slot_EN[expert, replica]
         if seen_R[rank_P[slot]] == stamp:
-            reached += weight_EN[expert, replica]
-            if reached > level:
-                return slot
-    return -1
+            total += weight_EN[expert, replica]
+            chosen = slot
+            found += 1
+    if found > 1:
+        level = _unit_hash(token, expert) * total
+        reached = 0.0
+        for replica in range(count_E[expert]):
+            slot = slot_EN[expert, replica]
+            if seen_R[rank_P[slot]] == stamp:
+                reached += weight_EN[expert, replica]
+                chosen = slot
+                if reached > level:
+                    break
+    return chosen
 
 
 @njit(cache=True, inline="always")
