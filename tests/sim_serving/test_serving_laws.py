@@ -170,3 +170,10 @@ def test_one_sender_sends_one_request_at_a_time() -> None:
     prefill = pool(1, barrier(0, 1), Limits(tokens_per_rank=16))
     done = run(workload((0, 8, 2), (0, 8, 2)), prefill, pools[1], handoff=handoff)
     assert [request.finish_ns for request in done.requests] == [16 + 500 + 13, 16 + 1000 + 13]
+
+
+def test_one_receiver_receives_one_request_at_a_time() -> None:
+    pools, handoff = deployment(Limits(), 1, apart=True)
+    prefill = pool(2, barrier(0, 1), Limits())
+    done = run(workload((0, 8, 2), (0, 8, 2)), prefill, pools[1], handoff=handoff)
+    assert [request.finish_ns for request in done.requests] == [8 + 500 + 13, 8 + 1000 + 13]
