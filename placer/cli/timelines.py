@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from placer.cli.common import (
-    ClusterFlag,
     ConfigFlag,
     JsonFlag,
     ModelFlag,
@@ -21,6 +20,7 @@ from placer.cli.common import (
     warn,
 )
 from placer.cli.plans import PlanArgument
+from placer.core.errors import UsageError
 
 if TYPE_CHECKING:
     from placer.core.timeline import Timeline
@@ -40,10 +40,14 @@ ModeFlag = Annotated[str | None, typer.Option("--mode", help="Dispatch mode, if 
 
 
 def simulate(
-    plan: PlanArgument,
-    trace: TraceFlag,
-    cluster: ClusterFlag,
     output: OutFlag,
+    plan: Annotated[Path | None, typer.Argument(help="Plan that solve wrote; not with --sweep.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="The routed tokens to send through the plan (or in SWEEP.yaml).")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="As for solve; not with --sweep, whose YAML names clusters.")
+    ] = None,
     fidelity: Annotated[
         str,
         typer.Option(help="port (closed form), phase (ranks run on without barriers) or flow (messages share links)."),
@@ -54,9 +58,35 @@ def simulate(
     chrome: ChromeFlag = None,
     model: ModelFlag = None,
     config: ConfigFlag = None,
+    serve: Annotated[
+        Path | None,
+        typer.Option("--serve", help="YAML (arrivals, limits, slo, ...): serve requests over time, write a report."),
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            "--sweep", help="YAML (clusters, ep_sizes, redundant, batches, modes): solve and serve each point."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Predicts how long the plan takes on a cluster, phase by phase and rank by rank."""
+    """Predicts how long the plan takes on a cluster, phase by phase and rank by rank; or how it serves requests.
+
+    With --serve the report has TTFT, TPOT, goodput, PAR, utilisation and bytes; with --sweep that of every combination,
+    and a table in which the best are marked; a sweep that was stopped goes on where it was. YAML of --serve, every key
+    optional: seed, requests (a Mooncake-style JSONL file), arrivals {kind: poisson|bursts, rate_per_s, requests, input:
+    {kind, mean, sigma}, output}, limits {tokens_per_rank, requests_per_rank, block_tokens, blocks_per_rank, horizon_s},
+    placement: round_robin|least_loaded|affinity, routing: random|in_order, slo {ttft_ms, tpot_ms}, rebalance {solver,
+    window_iterations, manner: pause|overlap}, disaggregated {kv_bytes_per_token, prefill_plan, prefill_cluster}. YAML
+    of --sweep: trace, clusters, ep_sizes, redundant, batches, modes (lists), solver, time_s, serve (as above).
+    """
+    if serve is not None or sweep is not None:
+        from placer.cli.serving import serve_or_sweep
+
+        plain = fidelity == "phase" and iterations is None and chrome is None and config is None
+        return serve_or_sweep(serve, sweep, plan, trace, cluster, output, mode, model, as_json, plain=plain)
+    if plan is None or trace is None or cluster is None:
+        raise UsageError("simulate needs PLAN, --trace and --cluster, or --sweep SWEEP.yaml; see --help")
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
     from placer.pipeline import predict
@@ -78,7 +108,7 @@ def simulate(
         progress=progress_line("simulating"),
     )
     warn(warnings)
-    _finish([timeline], [str(plan)], output, chrome, as_json)
+    return _finish([timeline], [str(plan)], output, chrome, as_json)
 
 
 def run(
