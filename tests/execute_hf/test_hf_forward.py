@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from placer.core.errors import ExecutionError
-from placer.execute import dispatch as dispatch_module
+from placer.core.timeline import PHASES
+from placer.execute.dispatch import fabric as fabric_module
 from placer.execute.experts import ExpertFile
 from placer.execute.hf import GENERATION_MODES, GenerateJob
 from placer.execute.hf.backbone import load_backbone
@@ -24,7 +25,7 @@ STEPS = 4
 
 
 def run_steps(tiny, checkpoint, tmp_path, ranks, plan, rank_q, mode, *, dtype="float32"):
-    """Per rank: (requests, logits of each step (B, V), routed tokens and counts of each step, tokens)."""
+    """Per rank: (requests, logits of each step (B, V), routed tokens and spans of each step, tokens)."""
     plan.save(tmp_path / "plan.json")
     job = GenerateJob(
         plan_path=str(tmp_path / "plan.json"),
@@ -45,12 +46,11 @@ def run_steps(tiny, checkpoint, tmp_path, ranks, plan, rank_q, mode, *, dtype="f
 
     def one_rank(rank):
         one, logits = prepared[rank], []
-        batch = one.start()
+        batch = one.start(ranks.fabric(plan.ranks_per_node))
         one.backbone.model.register_forward_hook(lambda _module, _args, output: logits.append(output.logits[:, -1]))
         steps = []
         for _ in range(STEPS):
-            one.clock.start()
-            steps.append((batch.advance(), one.step.counts_L3.copy()))
+            steps.append((batch.advance(one.clock.start()), list(one.step.spans)))
             batch.take()
         return batch.request_B.tolist(), logits, steps, batch.generated
 
@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_single_process_model(
     folder = checkpoints[kind]
     plan = tiny.make_plan(folder, 2, slots_per_rank=5, replica_choice="visit_first")
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 0), mode)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     compared = 0
@@ -88,7 +88,7 @@ def test_bfloat16_stays_near_the_single_process_model_in_bfloat16(
     """Only near: transformers rounds each expert's share to bfloat16, placer sums in float32."""
     folder = checkpoints["gpt_oss"]
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     plan = tiny.make_plan(folder, 2)
     results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 1), "per_rank", dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -114,7 +114,7 @@ def test_padding_and_ended_requests_send_nothing(checkpoints, tiny, thread_ranks
     folder = checkpoints["mixtral"]
     plan = tiny.make_plan(folder, 2)
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     (requests, _, steps, generated), (nobody, no_logits, idle, nothing) = run_steps(
         tiny, folder, tmp_path, ranks, plan, (0, 0, 0, 0), mode
     )
@@ -123,10 +123,19 @@ def test_padding_and_ended_requests_send_nothing(checkpoints, tiny, thread_ranks
     for step in range(1, STEPS):
         assert steps[step][0] == sum(len(row) > step for row in generated)
     assert all(tokens == 0 for tokens, _ in idle)
-    for (tokens, own_L3), (_, other_L3) in zip(steps, idle, strict=True):
-        assert (own_L3[:, 0] == other_L3[:, 1]).all()
-        assert (other_L3[:, 0] == 0).all()
-        assert ((own_L3 + other_L3)[:, 2] == tokens * tiny.TOP_K).all()
+    for (tokens, own), (_, other) in zip(steps, idle, strict=True):
+        for (site, span), (site_there, span_there) in zip(own, other, strict=True):
+            assert (site, span.phase) == (site_there, span_there.phase)
+            assert (span.sent, span.received) == (span_there.received, span_there.sent)
+            phase = PHASES[span.phase]
+            if phase == "experts":
+                assert span.tokens + span_there.tokens == tokens * tiny.TOP_K
+            elif phase == "attention":
+                assert (span.tokens, span_there.tokens) == (tokens, 0)
+            elif phase == "dispatch":
+                assert span_there.sent == 0
+            else:
+                assert span.sent == 0
 
 
 def test_experts_make_a_difference(checkpoints, tiny, thread_ranks, tmp_path, monkeypatch):
@@ -134,7 +143,7 @@ def test_experts_make_a_difference(checkpoints, tiny, thread_ranks, tmp_path, mo
     folder = checkpoints["olmoe"]
     good = tiny.make_plan(folder, 2)
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     first = run_steps(tiny, folder, tmp_path, ranks, good, (0, 1, 0, 1), "per_rank")
     load = ExpertFile.load
 
