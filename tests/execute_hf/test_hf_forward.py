@@ -9,8 +9,10 @@ import torch
 import transformers
 
 from placer.core.errors import ExecutionError
+from placer.core.schedule import Schedule
 from placer.core.timeline import PHASES
 from placer.execute.dispatch import fabric as fabric_module
+from placer.execute.dispatch import shipment as shipment_module
 from placer.execute.experts import ExpertFile
 from placer.execute.hf import GENERATION_MODES, GenerateJob
 from placer.execute.hf.backbone import load_backbone
@@ -66,7 +68,11 @@ def test_logits_are_those_of_the_single_process_model(
     plan = tiny.make_plan(folder, 2, slots_per_rank=5, replica_choice="visit_first")
     ranks = thread_ranks(2)
     monkeypatch.setattr(fabric_module, "dist", ranks)
-    results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 0), mode)
+    check_logits(tiny, folder, run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 0), mode))
+
+
+def check_logits(tiny, folder, results):
+    """Every step's logits and tokens are those of transformers' own forward over the whole sequence."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     compared = 0
     for requests, logits, _, generated in results:
@@ -80,6 +86,39 @@ def test_logits_are_those_of_the_single_process_model(
                 compared += 1
                 ids.append(token)
     assert compared >= len(tiny.PROMPTS)
+
+
+@pytest.mark.parametrize("mode", ["per_node", "per_rank"])
+def test_prefill_and_decode_have_their_own_schedules_over_two_nodes(
+    checkpoints, tiny, thread_ranks, random_rounds, tmp_path, monkeypatch, mode
+):
+    """Rank 2 has no prompt and takes part all the same; pipeline degrees are left out."""
+    folder, layers = checkpoints["olmoe"], 2
+    schedules = {}
+    if mode == "per_rank":
+        rounds = random_rounds(np.random.default_rng(3), 4)
+        schedules["prefill"] = Schedule.uniform(layers, algorithm="2dh", degree=3)
+        schedules["decode"] = Schedule.uniform(layers, algorithm="rounds", rounds=rounds)
+    plan = tiny.make_plan(folder, 4, slots_per_rank=3, ranks_per_node=2, mode=mode, **schedules)
+    ranks, used = thread_ranks(4), []
+    monkeypatch.setattr(fabric_module, "dist", ranks)
+    hops = fabric_module.hops
+
+    def noted(fabric, algorithm, flow, rounds):
+        used.extend([algorithm] if fabric.rank == 2 else [])
+        return hops(fabric, algorithm, flow, rounds)
+
+    monkeypatch.setattr(shipment_module, "hops", noted)
+    results = run_steps(tiny, folder, tmp_path, ranks, plan, (3, 0, 0, 1), mode)
+    check_logits(tiny, folder, results)
+    both_ways = 2 * layers
+    # per_node has legs of its own
+    expected = ["2dh"] * both_ways + ["rounds"] * both_ways * (STEPS - 1) if schedules else []
+    assert used == expected
+    for step in zip(*(steps for _, _, steps, _ in results), strict=True):
+        for phase in ("dispatch", "combine"):
+            moved = [(span.sent, span.received) for _, own in step for _, span in own if PHASES[span.phase] == phase]
+            assert sum(sent for sent, _ in moved) == sum(received for _, received in moved) > 0
 
 
 def test_bfloat16_stays_near_the_single_process_model_in_bfloat16(
