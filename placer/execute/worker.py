@@ -7,17 +7,14 @@ Legend: R ranks, I iterations, G spans of one iteration.
 """
 
 import gc
-import hashlib
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,40 +22,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from placer.core.errors import ExecutionError, PlacerError, UsageError
+from placer.core.errors import ExecutionError, UsageError
 from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
 from placer.execute.dispatch import Fabric, exchange
 from placer.execute.dispatch.lanes import Lanes
-from placer.execute.heartbeat import Heartbeat, die_with
-from placer.execute.job import Backend, ReplayJob, metadata_bytes
+from placer.execute.heartbeat import Heartbeat
+from placer.execute.job import ReplayJob, metadata_bytes
 from placer.execute.loop import Clock, PreparedJob, Record, first_hidden, prepare, run_iteration
-from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
+from placer.execute.rank import (
+    RankEnvironment,
+    ask_for_realtime,
+    barrier,
+    choose_device,
+    first_line,
+    host_id,
+    join_ranks,
+    make_fabrics,
+    say,
+    serve,
+)
 
 __all__ = ["RankEnvironment", "choose_device", "main"]
-
-REALTIME_PRIORITY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class RankEnvironment:
-    """What the launcher tells a rank, read once."""
-
-    rank: int
-    num_ranks: int
-    local_rank: int
-    local_ranks: int
-    folder: RunFolder | None
-
-    @classmethod
-    def read(cls, environ: Mapping[str, str]) -> "RankEnvironment":
-        """From torchrun's variables and, where `run_ranks` started us, its folder. Raises UsageError."""
-        try:
-            rank, num_ranks = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-            local_rank, local_ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"the environment lacks {error}; start the worker with torchrun") from error
-        folder = environ.get(RunFolder.VARIABLE)
-        return cls(rank, num_ranks, local_rank, local_ranks, RunFolder(Path(folder)) if folder else None)
 
 
 @dataclass(slots=True)
@@ -69,51 +53,13 @@ class Kept:
     outputs: list[Tensor]
 
 
-def choose_device(backend: Backend, environment: RankEnvironment, cuda_devices: int) -> torch.device:
-    """The rank's device; a CUDA one means NCCL. Raises ExecutionError where NCCL is asked for and cannot be had."""
-    enough = cuda_devices >= environment.local_ranks
-    if backend == "nccl" and not enough:
-        raise ExecutionError(
-            f"backend nccl needs a CUDA device for each of the {environment.local_ranks} ranks of this machine, which "
-            f"has {cuda_devices}; use backend gloo or fewer ranks"
-        )
-    if backend == "gloo" or not enough:
-        return torch.device("cpu")
-    return torch.device("cuda", environment.local_rank)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the jobs named; returns the exit code, having said in one line on standard error what went wrong."""
-    rank, folder = int(os.environ.get("RANK", "0")), None
-    try:
-        environment = RankEnvironment.read(os.environ)
-        folder = environment.folder
-        _watch(environment)
-        if not arguments:
-            raise UsageError("no job given; usage: torchrun ... -m placer.execute.worker JOB.json")
-        _run(environment, [ReplayJob.load(Path(argument)) for argument in arguments])
-    except PlacerError as error:
-        lost = isinstance(error.__cause__, RuntimeError) and _is_lost_contact(error.__cause__)
-        if folder is not None:
-            folder.report(rank, type(error).__name__, str(error), lost_contact=lost)
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
 
+    def run(environment: RankEnvironment, paths: list[Path]) -> None:
+        _run(environment, [ReplayJob.load(path) for path in paths])
 
-def _watch(environment: RankEnvironment) -> None:
-    """Makes this rank end with its launcher, and a programming error leave its reason where the launcher looks."""
-    folder = environment.folder
-    if folder is None:
-        return
-    if folder.lock.exists():
-        die_with(folder.lock)
-
-    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        folder.report(environment.rank, "ExecutionError", f"{kind.__name__}: {error}", lost_contact=False)
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = report
+    return serve("placer.execute.worker", arguments, run)
 
 
 def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
@@ -121,7 +67,7 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
     if len({(job.iterations, job.warmup, job.backend, job.realtime) for job in jobs}) > 1:
         raise UsageError("jobs measured together need the same iterations, warmup, backend and realtime")
     if jobs[0].realtime:
-        _ask_for_realtime()
+        ask_for_realtime("replay")
     heartbeat = Heartbeat(environment.folder.heartbeats if environment.folder else None, rank)
     device = choose_device(jobs[0].backend, environment, torch.cuda.device_count())
     if device.type == "cuda":
@@ -129,66 +75,34 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
     cache: dict[Any, Any] = {}
     prepared = [prepare(job, rank, num_ranks, device, cache) for job in jobs]
     try:
-        _join(environment, device, max(job.timeout_s for job in jobs))
+        join_ranks(environment, device, max(job.timeout_s for job in jobs))
         # connections are made by the first message on some back ends, and must not be timed
         exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
-        kept = _measure(prepared, _fabrics(prepared, device), rank, heartbeat)
+        kept = _measure(prepared, make_fabrics(_nodes(prepared), device), rank, heartbeat)
         heartbeat.finish()
         timelines = _collect(prepared, kept, environment)
-        _barrier()
+        barrier()
         dist.destroy_process_group()
     except (RuntimeError, MemoryError, OSError) as error:
         # gloo, NCCL, CUDA and the rendezvous all report with these
-        raise ExecutionError(_first_line(error)) from error
+        raise ExecutionError(first_line(error)) from error
     if rank == 0:
-        _say("checking outputs and writing results")
+        say("checking outputs and writing results")
         for one, (timeline, output_TH) in zip(prepared, timelines, strict=True):
             if output_TH is not None:
                 timeline.about.update(judge_outputs(one, output_TH))
             timeline.save(Path(one.job.result_path))
 
 
-def _ask_for_realtime() -> None:
-    """Before any thread or process group is made: threads inherit the priority."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REALTIME_PRIORITY))
-    except (AttributeError, OSError) as error:
-        raise ExecutionError(
-            f"replay.realtime: this machine refuses SCHED_RR ({error}); run as root, or without realtime"
-        ) from error
-
-
-def _join(environment: RankEnvironment, device: torch.device, timeout_s: float) -> None:
-    """Joins the group of all ranks, or says within `timeout_s` where the rendezvous is that cannot be had."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    ranks = {"rank": environment.rank, "world_size": environment.num_ranks}
-    try:
-        dist.init_process_group(backend, **ranks, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        raise ExecutionError(
-            f"the rendezvous at {where} did not bring {environment.num_ranks} ranks together within {timeout_s:g} s "
-            f"({_first_line(error)}); is every machine started, and can it reach that address?"
-        ) from error
-    except RuntimeError as error:
-        if not _is_own_interface(error):
-            raise
-        name = os.environ.get("GLOO_SOCKET_IFNAME", "of this host's name")
-        raise ExecutionError(
-            f"cannot use network interface {name} ({_first_line(error).rpartition('] ')[2]}); set GLOO_SOCKET_IFNAME "
-            "to one that this machine has"
-        ) from error
-
-
-def _fabrics(prepared: list[PreparedJob], device: torch.device) -> list[Fabric]:
-    """One for each job; nodes of one size share their process groups. Collective."""
-    made = {one.plan.ranks_per_node: Fabric.plain() for one in prepared}
-    for one in prepared:
-        size = one.plan.ranks_per_node
-        two_level = one.job.mode == "per_node" or any(carriage.algorithm == "2dh" for carriage in one.carriage_L)
-        if two_level and made[size].ranks_per_node != size:
-            made[size] = Fabric.create(size, device)
-    return [made[one.plan.ranks_per_node] for one in prepared]
+def _nodes(prepared: list[PreparedJob]) -> list[tuple[int, bool]]:
+    """What `make_fabrics` needs to know of each job."""
+    return [
+        (
+            one.plan.ranks_per_node,
+            one.job.mode == "per_node" or any(carriage.algorithm == "2dh" for carriage in one.carriage_L),
+        )
+        for one in prepared
+    ]
 
 
 def _measure(prepared: list[PreparedJob], fabrics: list[Fabric], rank: int, heartbeat: Heartbeat) -> list[Kept]:
@@ -208,7 +122,7 @@ def _measure(prepared: list[PreparedJob], fabrics: list[Fabric], rank: int, hear
             hidden_TH = first_hidden(one, index)
             step = round_ * len(prepared) + turn
             heartbeat.beat(step, 0, 0)
-            _barrier()
+            barrier()
             record, output_TH = run_iteration(
                 one, index, hidden_TH, fabrics[position], lanes, clock, partial(heartbeat.beat, step)
             )
@@ -218,7 +132,7 @@ def _measure(prepared: list[PreparedJob], fabrics: list[Fabric], rank: int, hear
                     kept[position].outputs.append(output_TH)
         if rank == 0 and time.monotonic_ns() - said_ns > 1_000_000_000:
             said_ns = time.monotonic_ns()
-            _say(f"round {round_ + 1} of {first.warmup + first.iterations}")
+            say(f"round {round_ + 1} of {first.warmup + first.iterations}")
     gc.enable()
     lanes.close()
     return kept
@@ -229,7 +143,7 @@ def _collect(
 ) -> list[tuple[Any, Tensor | None]]:
     """Each job's Timeline and its outputs (None where not verified), on rank 0; nothing elsewhere. Collective."""
     rank, num_ranks = environment.rank, environment.num_ranks
-    host_R = gather_to_first(np.array([_host_id(rank)], dtype=np.int64), rank, num_ranks)
+    host_R = gather_to_first(np.array([host_id(rank)], dtype=np.int64), rank, num_ranks)
     gathered = []
     for one, mine in zip(prepared, kept, strict=True):
         time_RIG2 = gather_to_first(np.stack([record.time_G2 for record in mine.records]), rank, num_ranks)
@@ -283,38 +197,6 @@ def _about(one: PreparedJob, environment: RankEnvironment, hosts: int) -> dict[s
         "threads_per_rank": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _barrier() -> None:
-    # on the CPU backend, so that it is the same call for gloo and NCCL
-    dist.all_reduce(torch.zeros(1))
-
-
-def _host_id(rank: int) -> int:
-    """Equal for ranks that share a monotonic clock (one boot of one kernel), else different."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    except OSError:
-        text = f"rank {rank}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-    return gone and not _is_own_interface(error)
-
-
-def _is_own_interface(error: RuntimeError) -> bool:
-    # gloo's only words for an interface without address, or one that cannot be bound, are where it checks
-    return "transport/tcp/device.cc" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _say(text: str) -> None:
-    print(PROGRESS_PREFIX + text, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from placer.config.settings import RunSettings
 from placer.core.errors import InputFileError, UsageError
 from placer.core.plan import Plan
 from placer.core.timeline import Timeline
+from placer.execute.launch import Host
 from traces.hf_config import model_from_hf_config
 
 __all__ = ["Completion", "generate", "read_prompts"]
@@ -34,19 +35,30 @@ def generate(
     rank_Q: Sequence[int] | None = None,
     settings: RunSettings | None = None,
     record_path: Path | None = None,
+    realtime: bool = False,
+    hosts: Sequence[Host] = (),
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Timeline, list[Completion], list[str]]:
-    """The measured Timeline of greedy generation on this machine's ranks, what each prompt got, and warnings.
+    """The measured Timeline of greedy generation on the plan's ranks, what each prompt got, and warnings.
 
     `prompts` are texts, for which the checkpoint needs a tokenizer, or token ids. `ranks` must be the plan's where
     given; `rank_Q` says where each request's attention runs (None: `source_ranks`). Of `settings`, dtype, warmup and
-    timeout_s count. `record_path` gets the routing of all steps as a trace.
+    timeout_s count. `record_path` gets the routing of all steps as a trace. `realtime` asks for real-time priority
+    (root only); ranks run on `hosts`, without any on this machine.
 
     Raises DependencyError without torch or transformers, UsageError for no prompts or a mode that cannot generate,
     MismatchError for the plan of another model, InputFileError for a checkpoint that lacks something, ExecutionError
     for a rank that failed.
     """
-    from placer.execute.hf import check_model, decode, encode, generate_tokens, plain_greedy, require_transformers
+    from placer.execute.hf import (
+        check_model,
+        decode,
+        encode,
+        generate_tokens,
+        plain_greedy,
+        require_transformers,
+        unpipelined,
+    )
 
     settings, model_dir = settings or RunSettings(), Path(model_dir)
     if not prompts:
@@ -69,6 +81,8 @@ def generate(
         dtype=settings.dtype,
         timeout_s=settings.timeout_s,
         record_path=record_path,
+        realtime=realtime,
+        hosts=hosts,
         progress=progress,
     )
     generated = timeline.about["generated"]
@@ -77,7 +91,7 @@ def generate(
         Completion(rank=rank, prompt_ids=tuple(prompt), token_ids=tuple(tokens), text=text)
         for rank, prompt, tokens, text in zip(timeline.about["request_rank"], prompt_ids, generated, said, strict=True)
     ]
-    return timeline, completions, [*_warnings(plan, model_dir), *plain_greedy(model_dir)]
+    return timeline, completions, [*_warnings(plan, model_dir), *unpipelined(plan), *plain_greedy(model_dir)]
 
 
 def read_prompts(path: Path) -> list[str]:

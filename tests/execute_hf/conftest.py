@@ -139,13 +139,25 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def thread_ranks():
-    """The executor tests' ranks that are threads of one process."""
+def executor_helpers():
+    """What the executor's own tests share."""
     path = Path(__file__).parents[1] / "execute" / "conftest.py"
     spec = importlib.util.spec_from_file_location("execute_conftest", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ThreadRanks
+    return module
+
+
+@pytest.fixture(scope="session")
+def thread_ranks(executor_helpers):
+    """Ranks that are threads of one process."""
+    return executor_helpers.ThreadRanks
+
+
+@pytest.fixture(scope="session")
+def random_rounds(executor_helpers):
+    """Rounds of random pieces."""
+    return executor_helpers.random_rounds
 
 
 @pytest.fixture

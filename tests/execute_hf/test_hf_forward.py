@@ -9,7 +9,10 @@ import torch
 import transformers
 
 from placer.core.errors import ExecutionError
-from placer.execute import dispatch as dispatch_module
+from placer.core.schedule import Schedule
+from placer.core.timeline import PHASES
+from placer.execute.dispatch import fabric as fabric_module
+from placer.execute.dispatch import shipment as shipment_module
 from placer.execute.experts import ExpertFile
 from placer.execute.hf import GENERATION_MODES, GenerateJob
 from placer.execute.hf.backbone import load_backbone
@@ -24,7 +27,7 @@ STEPS = 4
 
 
 def run_steps(tiny, checkpoint, tmp_path, ranks, plan, rank_q, mode, *, dtype="float32"):
-    """Per rank: (requests, logits of each step (B, V), routed tokens and counts of each step, tokens)."""
+    """Per rank: (requests, logits of each step (B, V), routed tokens and spans of each step, tokens)."""
     plan.save(tmp_path / "plan.json")
     job = GenerateJob(
         plan_path=str(tmp_path / "plan.json"),
@@ -45,12 +48,11 @@ def run_steps(tiny, checkpoint, tmp_path, ranks, plan, rank_q, mode, *, dtype="f
 
     def one_rank(rank):
         one, logits = prepared[rank], []
-        batch = one.start()
+        batch = one.start(ranks.fabric(plan.ranks_per_node))
         one.backbone.model.register_forward_hook(lambda _module, _args, output: logits.append(output.logits[:, -1]))
         steps = []
         for _ in range(STEPS):
-            one.clock.start()
-            steps.append((batch.advance(), one.step.counts_L3.copy()))
+            steps.append((batch.advance(one.clock.start()), list(one.step.spans)))
             batch.take()
         return batch.request_B.tolist(), logits, steps, batch.generated
 
@@ -65,8 +67,12 @@ def test_logits_are_those_of_the_single_process_model(
     folder = checkpoints[kind]
     plan = tiny.make_plan(folder, 2, slots_per_rank=5, replica_choice="visit_first")
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
-    results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 0), mode)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
+    check_logits(tiny, folder, run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 0), mode))
+
+
+def check_logits(tiny, folder, results):
+    """Every step's logits and tokens are those of transformers' own forward over the whole sequence."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     compared = 0
     for requests, logits, _, generated in results:
@@ -82,13 +88,46 @@ def test_logits_are_those_of_the_single_process_model(
     assert compared >= len(tiny.PROMPTS)
 
 
+@pytest.mark.parametrize("mode", ["per_node", "per_rank"])
+def test_prefill_and_decode_have_their_own_schedules_over_two_nodes(
+    checkpoints, tiny, thread_ranks, random_rounds, tmp_path, monkeypatch, mode
+):
+    """Rank 2 has no prompt and takes part all the same; pipeline degrees are left out."""
+    folder, layers = checkpoints["olmoe"], 2
+    schedules = {}
+    if mode == "per_rank":
+        rounds = random_rounds(np.random.default_rng(3), 4)
+        schedules["prefill"] = Schedule.uniform(layers, algorithm="2dh", degree=3)
+        schedules["decode"] = Schedule.uniform(layers, algorithm="rounds", rounds=rounds)
+    plan = tiny.make_plan(folder, 4, slots_per_rank=3, ranks_per_node=2, mode=mode, **schedules)
+    ranks, used = thread_ranks(4), []
+    monkeypatch.setattr(fabric_module, "dist", ranks)
+    hops = fabric_module.hops
+
+    def noted(fabric, algorithm, flow, rounds):
+        used.extend([algorithm] if fabric.rank == 2 else [])
+        return hops(fabric, algorithm, flow, rounds)
+
+    monkeypatch.setattr(shipment_module, "hops", noted)
+    results = run_steps(tiny, folder, tmp_path, ranks, plan, (3, 0, 0, 1), mode)
+    check_logits(tiny, folder, results)
+    both_ways = 2 * layers
+    # per_node has legs of its own
+    expected = ["2dh"] * both_ways + ["rounds"] * both_ways * (STEPS - 1) if schedules else []
+    assert used == expected
+    for step in zip(*(steps for _, _, steps, _ in results), strict=True):
+        for phase in ("dispatch", "combine"):
+            moved = [(span.sent, span.received) for _, own in step for _, span in own if PHASES[span.phase] == phase]
+            assert sum(sent for sent, _ in moved) == sum(received for _, received in moved) > 0
+
+
 def test_bfloat16_stays_near_the_single_process_model_in_bfloat16(
     checkpoints, tiny, thread_ranks, tmp_path, monkeypatch
 ):
     """Only near: transformers rounds each expert's share to bfloat16, placer sums in float32."""
     folder = checkpoints["gpt_oss"]
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     plan = tiny.make_plan(folder, 2)
     results = run_steps(tiny, folder, tmp_path, ranks, plan, (0, 0, 1, 1), "per_rank", dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -114,7 +153,7 @@ def test_padding_and_ended_requests_send_nothing(checkpoints, tiny, thread_ranks
     folder = checkpoints["mixtral"]
     plan = tiny.make_plan(folder, 2)
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     (requests, _, steps, generated), (nobody, no_logits, idle, nothing) = run_steps(
         tiny, folder, tmp_path, ranks, plan, (0, 0, 0, 0), mode
     )
@@ -123,10 +162,19 @@ def test_padding_and_ended_requests_send_nothing(checkpoints, tiny, thread_ranks
     for step in range(1, STEPS):
         assert steps[step][0] == sum(len(row) > step for row in generated)
     assert all(tokens == 0 for tokens, _ in idle)
-    for (tokens, own_L3), (_, other_L3) in zip(steps, idle, strict=True):
-        assert (own_L3[:, 0] == other_L3[:, 1]).all()
-        assert (other_L3[:, 0] == 0).all()
-        assert ((own_L3 + other_L3)[:, 2] == tokens * tiny.TOP_K).all()
+    for (tokens, own), (_, other) in zip(steps, idle, strict=True):
+        for (site, span), (site_there, span_there) in zip(own, other, strict=True):
+            assert (site, span.phase) == (site_there, span_there.phase)
+            assert (span.sent, span.received) == (span_there.received, span_there.sent)
+            phase = PHASES[span.phase]
+            if phase == "experts":
+                assert span.tokens + span_there.tokens == tokens * tiny.TOP_K
+            elif phase == "attention":
+                assert (span.tokens, span_there.tokens) == (tokens, 0)
+            elif phase == "dispatch":
+                assert span_there.sent == 0
+            else:
+                assert span.sent == 0
 
 
 def test_experts_make_a_difference(checkpoints, tiny, thread_ranks, tmp_path, monkeypatch):
@@ -134,7 +182,7 @@ def test_experts_make_a_difference(checkpoints, tiny, thread_ranks, tmp_path, mo
     folder = checkpoints["olmoe"]
     good = tiny.make_plan(folder, 2)
     ranks = thread_ranks(2)
-    monkeypatch.setattr(dispatch_module, "dist", ranks)
+    monkeypatch.setattr(fabric_module, "dist", ranks)
     first = run_steps(tiny, folder, tmp_path, ranks, good, (0, 1, 0, 1), "per_rank")
     load = ExpertFile.load
 

@@ -1,25 +1,27 @@
-"""Real ranks generate what the single-process model generates, token for token, and say what went wrong."""
+"""Real ranks generate what the single-process model generates, token for token."""
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from placer.config.settings import RunSettings
-from placer.core.errors import InputFileError
+from placer.core.schedule import KINDS, SCHEDULED_MODES, Schedule
 from placer.core.timeline import PHASES
-from placer.execute.hf import GENERATION_MODES, GenerateJob, generate_tokens
+from placer.execute.hf import GENERATION_MODES, GenerateJob
 from placer.execute.hf.measure import WORKER
-from placer.execute.launch import run_ranks
+from placer.execute.launch import Host, run_ranks
 from placer.pipeline.generating import generate, read_prompts
+from traces.hf_config import model_from_hf_config
 from traces.store import load_trace
 
 pytestmark = pytest.mark.dist
 
 NEW_TOKENS = 8
 GENEROUS_S = 180.0
+CHOICES = ("round_robin", "visit_first")
 
 
 def job_for(tmp_path, tiny, folder, plan, mode, rank_q, **change):
@@ -55,41 +57,37 @@ def check_spans(timeline, plan, top_k):
         assert timeline.tokens[computing].sum() == tokens * layers * top_k
 
 
-def test_two_ranks_generate_the_same_tokens_for_every_model_and_mode(checkpoints, tiny, tmp_path):
-    jobs, plans = {}, {}
+def test_four_ranks_generate_the_same_tokens_for_every_model_and_mode(checkpoints, tiny, random_rounds, tmp_path):
+    """Two nodes, replicas in some plans, a rank without a prompt; in one plan a rank without experts."""
+    jobs, plans, rank_q = {}, {}, (3, 0, 0, 1)
     for index, (kind, folder) in enumerate(checkpoints.items()):
         for turn, mode in enumerate(GENERATION_MODES):
-            replicas = (index + turn) % 2
-            plan = tiny.make_plan(folder, 2, slots_per_rank=4 + replicas, seed=index, mode=mode)
+            change = {"seed": index, "slots_per_rank": 2 + (index + turn) % 2}
+            layers = len(model_from_hf_config(folder).moe_layers)
+            if mode in SCHEDULED_MODES:
+                rounds = random_rounds(np.random.default_rng(index), 4)
+                schedules = [
+                    Schedule.uniform(layers, algorithm="2dh"),
+                    Schedule.uniform(layers, algorithm="rounds", rounds=rounds),
+                ]
+                change["prefill"], change["decode"] = schedules[:: 1 if index % 2 else -1]
+            if (kind, mode) == ("gpt_oss", "per_rank"):
+                row_p = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, -1, -1, -1, -1]
+                change["slot_expert_LP"] = np.tile(row_p, (layers, 1))
+            plan = tiny.make_plan(folder, 4, mode=mode, ranks_per_node=2, replica_choice=CHOICES[turn % 2], **change)
             plans[kind, mode] = plan
-            jobs[kind, mode] = job_for(tmp_path, tiny, folder, plan, mode, (0, 1, 0, 1))
-    timelines = run_ranks(list(jobs.values()), num_ranks=2, timeout_s=GENEROUS_S, entry=WORKER)
+            jobs[kind, mode] = job_for(tmp_path, tiny, folder, plan, mode, rank_q, warmup=int(kind == "olmoe"))
+    timelines = run_ranks(list(jobs.values()), num_ranks=4, timeout_s=GENEROUS_S, entry=WORKER)
     for (kind, mode), timeline in zip(jobs, timelines, strict=True):
-        expected = tiny.single_process_tokens(checkpoints[kind], NEW_TOKENS)
-        assert timeline.about["generated"] == expected, (kind, mode)
-        assert (timeline.about["mode"], timeline.about["dtype"]) == (mode, "float32")
-        check_spans(timeline, plans[kind, mode], tiny.TOP_K)
+        expected, plan = tiny.single_process_tokens(checkpoints[kind], NEW_TOKENS), plans[kind, mode]
+        about = timeline.about
+        assert about["generated"] == expected, (kind, mode)
+        assert (about["mode"], about["dtype"], about["request_rank"]) == (mode, "float32", list(rank_q))
+        assert about["algorithms"] == {one: list(plan.schedule(one).algorithm_L) for one in KINDS}
+        check_spans(timeline, plan, tiny.TOP_K)
     lengths = {len(row) for kind in checkpoints for row in tiny.single_process_tokens(checkpoints[kind], NEW_TOKENS)}
     assert max(lengths) == NEW_TOKENS
     assert min(lengths) < NEW_TOKENS, "no request ended at an end-of-sequence token: choose another"
-
-
-def test_four_ranks_with_replicas_a_rank_without_a_prompt_and_one_without_experts(checkpoints, tiny, tmp_path):
-    folder = checkpoints["gpt_oss"]
-    row_P = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, -1, -1, -1, -1]
-    slots = np.tile(row_P, (3, 1))
-    plans = [
-        tiny.make_plan(folder, 4, slots_per_rank=4, slot_expert_LP=slots, replica_choice="round_robin"),
-        tiny.make_plan(folder, 4, slots_per_rank=3, seed=4, replica_choice="visit_first"),
-    ]
-    jobs = []
-    for index, plan in enumerate(plans):
-        (tmp_path / str(index)).mkdir()
-        jobs.append(job_for(tmp_path / str(index), tiny, folder, plan, "per_rank", (3, 0, 0, 1), warmup=0))
-    for plan, timeline in zip(plans, run_ranks(jobs, num_ranks=4, timeout_s=GENEROUS_S, entry=WORKER), strict=True):
-        assert timeline.about["generated"] == tiny.single_process_tokens(folder, NEW_TOKENS)
-        assert timeline.about["request_rank"] == [3, 0, 0, 1]
-        check_spans(timeline, plan, tiny.TOP_K)
 
 
 def write_tokenizer(folder):
@@ -112,13 +110,17 @@ def write_tokenizer(folder):
 
 
 def test_texts_in_texts_out_and_the_routing_recorded(checkpoints, tiny, tmp_path):
+    """Each rank on a host of its own, which is a command that notes that it was asked."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["olmoe"], folder)
     write_tokenizer(folder)
     texts = tmp_path / "prompts.txt"
     texts.write_text("\n".join(" ".join(f"w{token}" for token in prompt) for prompt in tiny.PROMPTS) + "\n\n")
-    plan = tiny.make_plan(folder, 2, mode="per_expert")
-    said = []
+    pipelined = Schedule.uniform(2, degree=2)
+    plan = tiny.make_plan(folder, 2, mode="per_expert", decode=pipelined)
+    notes, said = [tmp_path / "host-0", tmp_path / "host-1"], []
+    command = ("sh", "-c", 'echo started > "$0" && exec "$@"')
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
     timeline, completions, warnings = generate(
         plan,
         folder,
@@ -127,9 +129,12 @@ def test_texts_in_texts_out_and_the_routing_recorded(checkpoints, tiny, tmp_path
         ranks=2,
         settings=RunSettings(warmup=1, timeout_s=GENEROUS_S),
         record_path=tmp_path / "trace",
+        hosts=[Host(prefix=(*command, str(note)), address="127.0.0.1", interface=loopback, ranks=1) for note in notes],
         progress=said.append,
     )
-    assert warnings == []
+    assert [note.read_text() for note in notes] == ["started\n"] * 2
+    (warning,) = warnings
+    assert warning.startswith("the plan's decode schedule cuts layers into up to 2 chunks")
     assert said == ["generating for 4 requests"]
     expected = tiny.single_process_tokens(folder, NEW_TOKENS)
     assert [list(one.token_ids) for one in completions] == expected
@@ -163,14 +168,3 @@ def check_routing(folder, tokens, expert_ltk, weight_ltk):
     for (weight_tk, expected_tk), expert_tk, recorded_tk in zip(seen, expert_ltk, weight_ltk, strict=True):
         assert (expected_tk.numpy() == expert_tk).all()
         assert np.allclose(weight_tk.numpy(), recorded_tk.astype(np.float32), atol=1e-3)
-
-
-def test_a_checkpoint_without_one_expert_is_refused_by_the_rank_that_needs_it(checkpoints, tiny, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoints["qwen3_moe"], folder)
-    file = folder / "model.safetensors"
-    tensors = {k: v for k, v in load_file(file).items() if "layers.2.mlp.experts.5." not in k}
-    save_file(tensors, file, metadata={"format": "pt"})
-    plan = tiny.make_plan(folder, 2, slot_expert_LP=np.tile(np.arange(8), (2, 1)))
-    with pytest.raises(InputFileError, match=rf"rank 1: {folder}: layer 2 expert 5 has no gate matrix"):
-        generate_tokens(plan, folder, tiny.PROMPTS, max_new_tokens=1, timeout_s=GENEROUS_S)

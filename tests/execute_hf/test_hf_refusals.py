@@ -3,15 +3,34 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from placer.core.errors import DependencyError, InputFileError, MismatchError, UsageError, ViolationError
-from placer.execute.hf import GenerateJob, check_model, encode, generate_tokens, plain_greedy
+from placer.core.errors import (
+    DependencyError,
+    ExecutionError,
+    InputFileError,
+    MismatchError,
+    UsageError,
+    ViolationError,
+)
+from placer.core.schedule import Schedule
+from placer.execute.hf import (
+    GenerateJob,
+    check_model,
+    encode,
+    generate_tokens,
+    measure,
+    plain_greedy,
+    unpipelined,
+    worker,
+)
 from placer.execute.hf.backbone import load_backbone
 from placer.execute.hf.prepare import Caches, prepare
 from placer.pipeline.generating import generate, read_prompts
@@ -172,6 +191,62 @@ def test_what_a_rank_refuses(folder, tiny, tmp_path):
     job = valid_job(plan_path=str(tmp_path / "plan.json"), model_path=str(folder))
     with pytest.raises(MismatchError, match="2 ranks, 4 were started"):
         prepare(job, 0, 4, torch.device("cpu"), Caches(), lambda *_: None)
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """The environment of rank 1 of 2, and the launcher's way of telling it."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_checkpoint_without_one_expert_is_refused_by_the_rank_that_needs_it(
+    checkpoints, tiny, tmp_path, second_rank, capsys
+):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen3_moe"], folder)
+    file = folder / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if "layers.2.mlp.experts.5." not in k}
+    save_file(tensors, file, metadata={"format": "pt"})
+    plan = tiny.make_plan(folder, 2, slot_expert_LP=np.tile(np.arange(8), (2, 1)))
+    plan.save(tmp_path / "plan.json")
+    job = valid_job(plan_path=str(tmp_path / "plan.json"), model_path=str(folder))
+    job.save(tmp_path / "job.json")
+    assert prepare(job, 0, 2, torch.device("cpu"), Caches(), lambda *_: None).request_B == (0,)
+    assert worker.main([str(tmp_path / "job.json")]) == InputFileError.exit_code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"rank 1: {folder}: layer 2 expert 5 has no gate matrix")
+
+
+def test_realtime_goes_to_the_ranks_and_is_refused_in_one_line(
+    folder, tiny, tmp_path, second_rank, monkeypatch, capsys
+):
+    def capture(jobs, **options):
+        jobs[0].save(tmp_path / "job.json")
+        raise ExecutionError(str(options["hosts"]))
+
+    def refuse(pid, policy, parameter):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(measure, "run_ranks", capture)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with pytest.raises(ExecutionError, match="some hosts"):
+        generate(tiny.make_plan(folder, 2), folder, tiny.PROMPTS, realtime=True, hosts="some hosts")
+    assert worker.main([str(tmp_path / "job.json")]) == ExecutionError.exit_code
+    assert "rank 1: generate.realtime: this machine refuses SCHED_RR" in capsys.readouterr().err
+    valid_job().save(tmp_path / "other.json")
+    assert worker.main([str(tmp_path / "job.json"), str(tmp_path / "other.json")]) == UsageError.exit_code
+    assert "need the same backend and realtime" in capsys.readouterr().err
+
+
+def test_a_schedule_that_another_mode_does_not_have(folder, tiny):
+    plan = tiny.make_plan(folder, 2, decode=Schedule.uniform(2, algorithm="2dh", degree=4))
+    with pytest.raises(UsageError, match="mode allgather has no 2dh or rounds; use linear"):
+        generate_tokens(plan, folder, tiny.PROMPTS, max_new_tokens=1, mode="allgather")
+    assert unpipelined(replace(plan, decode=Schedule.uniform(2))) == []
+    (warning,) = unpipelined(plan)
+    assert "decode schedule cuts layers into up to 4 chunks" in warning
 
 
 def test_checkpoints_that_lack_a_tensor_or_have_another_shape(folder):

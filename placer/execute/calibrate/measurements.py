@@ -82,8 +82,7 @@ class Bench:
         def run(at: int) -> None:
             rows_XH, _, metadata = dispatch(*inputs[at], mode=mode, slots_per_rank=per_rank)
             combine(rows_XH, metadata)
-            own = metadata.send_R[self.rank] + metadata.receive_R[self.rank]
-            moved_N[at] = sum(metadata.send_R) + sum(metadata.receive_R) - own
+            moved_N[at] = metadata.sent + metadata.received
 
         return self._time_busy([partial(run, at) for at in range(len(tokens))]), moved_N
 

@@ -8,6 +8,7 @@ Importing this package imports neither torch nor transformers; without them `gen
 from placer.execute.hf.architectures import ARCHITECTURES, check_model, plain_greedy, require_transformers
 from placer.execute.hf.job import GENERATION_MODES, GenerateJob
 from placer.execute.hf.measure import generate_tokens
+from placer.execute.hf.schedules import unpipelined
 from placer.execute.hf.tokens import decode, encode
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "generate_tokens",
     "plain_greedy",
     "require_transformers",
+    "unpipelined",
 ]

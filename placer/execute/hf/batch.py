@@ -4,6 +4,7 @@ Legend: B requests of this rank, S positions of one step, T = B * S tokens, N of
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ class RankBatch:
             self._mask_BS[row, longest - len(prompt) :] = 1
         self._cache = backbone.new_cache()
         self._chosen_B: Tensor | None = None
+        self._started = False
         self.column_N: dict[str, IntArray] = {}
 
     @property
@@ -56,8 +58,19 @@ class RankBatch:
         return bool(self.running_B.any())
 
     @torch.inference_mode()
-    def advance(self) -> int:
-        """Runs one step on all ranks at once and returns how many tokens of this rank it routed; then call `take`."""
+    def advance(self, begin: Any) -> int:
+        """Runs one step on all ranks at once and returns how many tokens of this rank it routed; then call `take`.
+
+        `begin` is the stamp at which the step begins. Its last span, of layer -1, is what comes behind the last layer.
+        """
+        self._step.begin, self._step.kind = begin, "decode" if self._started else "prefill"
+        self._step.spans.clear()
+        routed = self._forward()
+        self._started = True
+        self._step.attended(-1)
+        return routed
+
+    def _forward(self) -> int:
         step = self._step
         if not self.running:
             step.routed_N, step.token_N, self._chosen_B = None, np.zeros(0, dtype=np.int64), None
@@ -102,10 +115,9 @@ class RankBatch:
     def _note(self, routed_N: IntArray, position_N: IntArray) -> None:
         """What a recording says of the step's tokens beside their experts."""
         width = max(1, self._next_BS.shape[1])
-        decode = not self.generated or any(self.generated)
         self.column_N = {
             "request_id_T": self.request_B[routed_N // width],
             "position_T": position_N,
             "token_id_T": self._next_BS.reshape(-1)[routed_N],
-            "phase_T": np.full(len(routed_N), decode, dtype=np.int64),
+            "phase_T": np.full(len(routed_N), self._started, dtype=np.int64),
         }

@@ -33,8 +33,9 @@ class GenerateJob:
     result_path    where rank 0 writes the Timeline             record_path   where it writes the routing, or None
 
     Each request ends at the model's end-of-sequence token or after `max_new_tokens`. `warmup` times the prompts are
-    run and one more token is decoded before, unrecorded. `timeout_s` is how long one collective may take. `about` is
-    copied into the Timeline. Relative paths in a file are relative to the file's folder.
+    run and one more token is decoded before, unrecorded. `timeout_s` is how long one collective may take. `realtime`:
+    ranks ask the kernel for real-time priority (SCHED_RR, 10), which needs root. `about` is copied into the Timeline.
+    Relative paths in a file are relative to the file's folder.
     """
 
     plan_path: str
@@ -48,6 +49,7 @@ class GenerateJob:
     dtype: DType = "float32"
     backend: Backend = "auto"
     timeout_s: float = 600.0
+    realtime: bool = False
     record_path: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
 

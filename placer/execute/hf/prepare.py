@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from placer.core.errors import MismatchError
 from placer.core.model import ModelSpec
 from placer.core.plan import Plan
 from placer.core.replicas import layer_slots
+from placer.core.schedule import KINDS, Kind
+from placer.execute.dispatch import Carriage, Fabric
+from placer.execute.dispatch.lanes import Lanes
 from placer.execute.experts import ExpertFile, ExpertWeights
 from placer.execute.hf.architectures import check_model, require_transformers
 from placer.execute.hf.backbone import Backbone, load_backbone
 from placer.execute.hf.batch import RankBatch
 from placer.execute.hf.experts import DistributedExperts, Step
 from placer.execute.hf.job import GenerateJob
+from placer.execute.hf.schedules import schedule_of
 from placer.execute.loop import Clock
 
 __all__ = ["Caches", "PreparedGeneration", "prepare"]
@@ -46,8 +49,15 @@ class PreparedGeneration:
     clock: Clock
     request_B: tuple[int, ...]
 
-    def start(self) -> RankBatch:
-        """Puts this job's experts into the model and its requests into a new batch."""
+    @property
+    def two_level(self) -> bool:
+        """Whether exchanges go inside nodes and across them separately."""
+        carriages = [one for carriage_L in self.step.carriages.values() for one in carriage_L]
+        return self.job.mode == "per_node" or any(one.algorithm == "2dh" for one in carriages)
+
+    def start(self, fabric: Fabric) -> RankBatch:
+        """Puts this job's experts into the model and its requests into a new batch, to be run on `fabric`."""
+        self.step.fabric = fabric
         for block, layer in zip(self.backbone.blocks_L, self.layers_L, strict=True):
             block.experts = layer
         return RankBatch(
@@ -66,8 +76,8 @@ def prepare(
 ) -> PreparedGeneration:
     """Loads one rank's share; `beat(layer, phase)` is called at the beginning of each phase.
 
-    Raises MismatchError where plan, model, prompts and ranks do not fit together, InputFileError for a checkpoint that
-    lacks something.
+    Raises UsageError for a schedule that the mode does not have, MismatchError where plan, model, prompts and ranks do
+    not fit together, InputFileError for a checkpoint that lacks something.
     """
     require_transformers()
     plan, model_path = Plan.load(Path(job.plan_path)), Path(job.model_path)
@@ -86,9 +96,14 @@ def prepare(
     largest = max(max(prompt) for prompt in job.prompts)
     if largest >= backbone.vocab_size:
         raise MismatchError(f"a prompt has token {largest}; the model's vocabulary has {backbone.vocab_size} tokens")
-    clock = Clock(device)
-    counts_L3 = np.zeros((len(plan.moe_layers), 3), dtype=np.int64)
-    step = Step(plan=plan, mode=job.mode, rank=rank, mark=clock.mark, beat=beat, counts_L3=counts_L3)
+    step = Step(
+        plan=plan,
+        mode=job.mode,
+        rank=rank,
+        carriages={kind: _carriages(plan, kind, job) for kind in KINDS},
+        lanes=Lanes(device),
+        beat=beat,
+    )
     return PreparedGeneration(
         job=job,
         plan=plan,
@@ -96,8 +111,16 @@ def prepare(
         backbone=backbone,
         layers_L=_load_experts(job, plan, backbone, step, caches),
         step=step,
-        clock=clock,
+        clock=Clock(device),
         request_B=tuple(request for request, where in enumerate(job.rank_Q) if where == rank),
+    )
+
+
+def _carriages(plan: Plan, kind: Kind, job: GenerateJob) -> tuple[Carriage, ...]:
+    schedule = schedule_of(plan, kind, job.mode)
+    return tuple(
+        Carriage(algorithm, rounds, None if rounds is None else rounds.transposed())
+        for algorithm, rounds in zip(schedule.algorithm_L, schedule.rounds_L, strict=True)
     )
 
 

@@ -4,7 +4,7 @@ Jobs run one after the other. An iteration of a job's Timeline is one step: pref
 goes on. Attention is all that a layer does outside its experts (dense layers before it and the embedding included);
 the output projection and the choice of the next tokens are an attention span of layer -1.
 
-Legend: R ranks, I iterations, L MoE layers, M marks = 2 + 4 L, Q requests.
+Legend: R ranks, I iterations, L MoE layers, G spans of one iteration = 4 L + 1, Q requests.
 """
 
 import gc
@@ -12,8 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,27 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from placer.core.errors import ExecutionError, PlacerError, UsageError
-from placer.core.timeline import PHASES, Timeline
+from placer.core.errors import ExecutionError, UsageError
+from placer.core.timeline import Timeline
 from placer.execute.collect import align_clocks, build_timeline, gather_to_first
-from placer.execute.dispatch import exchange, metadata_bytes
+from placer.execute.dispatch import Fabric, exchange
 from placer.execute.heartbeat import Heartbeat
 from placer.execute.hf.job import GenerateJob
 from placer.execute.hf.prepare import Caches, PreparedGeneration, prepare
 from placer.execute.hf.recording import Recording
-from placer.execute.worker import RankEnvironment, _host_id, _is_lost_contact, _say, _watch, choose_device
+from placer.execute.job import metadata_bytes
+from placer.execute.loop import Record
+from placer.execute.rank import (
+    RankEnvironment,
+    ask_for_realtime,
+    choose_device,
+    first_line,
+    host_id,
+    join_ranks,
+    make_fabrics,
+    say,
+    serve,
+)
 from traces.store import save_trace
 
 __all__ = ["main"]
@@ -40,36 +51,29 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
-class Record:
+class Kept:
     """What one rank keeps of one job."""
 
-    times_IM: list[IntArray] = field(default_factory=list)
-    counts_IL3: list[IntArray] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     home_I: list[int] = field(default_factory=list)
     generated_B: list[list[int]] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the jobs named; returns the exit code, having said in one line on standard error what went wrong."""
-    rank, folder = int(os.environ.get("RANK", "0")), None
-    try:
-        environment = RankEnvironment.read(os.environ)
-        folder = environment.folder
-        _watch(environment)
-        if not arguments:
-            raise UsageError("no job given; usage: torchrun ... -m placer.execute.hf.worker JOB.json")
-        _run(environment, [GenerateJob.load(Path(argument)) for argument in arguments])
-    except PlacerError as error:
-        lost = isinstance(error.__cause__, RuntimeError) and _is_lost_contact(error.__cause__)
-        if folder is not None:
-            folder.report(rank, type(error).__name__, str(error), lost_contact=lost)
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+
+    def run(environment: RankEnvironment, paths: list[Path]) -> None:
+        _run(environment, [GenerateJob.load(path) for path in paths])
+
+    return serve("placer.execute.hf.worker", arguments, run)
 
 
 def _run(environment: RankEnvironment, jobs: list[GenerateJob]) -> None:
     rank, num_ranks = environment.rank, environment.num_ranks
+    if len({(job.backend, job.realtime) for job in jobs}) > 1:
+        raise UsageError("jobs of one launch need the same backend and realtime")
+    if jobs[0].realtime:
+        ask_for_realtime("generate")
     heartbeat = Heartbeat(environment.folder.heartbeats if environment.folder else None, rank)
     device = choose_device(jobs[0].backend, environment, torch.cuda.device_count())
     if device.type == "cuda":
@@ -81,20 +85,18 @@ def _run(environment: RankEnvironment, jobs: list[GenerateJob]) -> None:
             prepare(job, rank, num_ranks, device, caches, lambda layer, phase: heartbeat.beat(at[0], layer, phase))
             for job in jobs
         ]
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=max(job.timeout_s for job in jobs))
-        )
+        join_ranks(environment, device, max(job.timeout_s for job in jobs))
         # connections are made by the first message on some back ends, and must not be timed
         exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
-        for one in prepared:
+        fabrics = make_fabrics([(one.plan.ranks_per_node, one.two_level) for one in prepared], device)
+        for one, fabric in zip(prepared, fabrics, strict=True):
             recording = Recording(len(one.layers_L), one.backbone.top_k) if one.job.record_path else None
             for _ in range(one.job.warmup):
-                _generate(one, rank, at, None, steps=2)
+                _generate(one, fabric, at, None, steps=2)
             if rank == 0:
-                _say(f"generating for {len(one.job.prompts)} requests")
-            record = _generate(one, rank, at, recording, steps=one.job.max_new_tokens)
-            timeline = _collect(one, record, environment)
+                say(f"generating for {len(one.job.prompts)} requests")
+            kept = _generate(one, fabric, at, recording, steps=one.job.max_new_tokens)
+            timeline = _collect(one, kept, environment)
             trace = None
             if recording is not None:
                 trace = recording.gather(one.spec, f"generated by placer from {one.spec.name}")
@@ -107,13 +109,14 @@ def _run(environment: RankEnvironment, jobs: list[GenerateJob]) -> None:
         dist.destroy_process_group()
     except (RuntimeError, MemoryError, OSError) as error:
         # gloo, NCCL, CUDA and the rendezvous all report with these
-        text = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ExecutionError(text) from error
+        raise ExecutionError(first_line(error)) from error
 
 
-def _generate(one: PreparedGeneration, rank: int, at: list[int], recording: Recording | None, *, steps: int) -> Record:
+def _generate(
+    one: PreparedGeneration, fabric: Fabric, at: list[int], recording: Recording | None, *, steps: int
+) -> Kept:
     """Runs up to `steps` steps, until no rank has a request that goes on. `at` counts steps for the heartbeat."""
-    record, batch, step = Record(), one.start(), one.step
+    kept, batch, step = Kept(), one.start(fabric), one.step
     step.keep = recording is not None
     gc.collect()
     gc.disable()
@@ -123,17 +126,26 @@ def _generate(one: PreparedGeneration, rank: int, at: list[int], recording: Reco
         at[0] += 1
         step.kept.clear()
         step.beat(0, 0)
-        one.clock.start()
-        record.home_I.append(batch.advance())
-        one.clock.mark()
+        kept.home_I.append(batch.advance(one.clock.start()))
         batch.take()
-        record.times_IM.append(one.clock.read_ns())
-        record.counts_IL3.append(step.counts_L3.copy())
+        kept.records.append(_record(one))
         if recording is not None:
-            recording.add(index, rank, batch.column_N, step.kept)
+            recording.add(index, fabric.rank, batch.column_N, step.kept)
     gc.enable()
-    record.generated_B = batch.generated
-    return record
+    kept.generated_B = batch.generated
+    return kept
+
+
+def _record(one: PreparedGeneration) -> Record:
+    """What the rank did in the step that has just run."""
+    spans = one.step.spans
+    times_ns = one.clock.read_ns([mark for _, span in spans for mark in (span.begin, span.end)])
+    return Record(
+        np.array([layer for layer, _ in spans]),
+        np.array([span.phase for _, span in spans]),
+        times_ns.reshape(-1, 2),
+        np.array([(span.sent, span.received, span.tokens) for _, span in spans], dtype=np.int64),
+    )
 
 
 def _running_anywhere(*, running: bool) -> bool:
@@ -144,48 +156,24 @@ def _running_anywhere(*, running: bool) -> bool:
     return bool(vote.item())
 
 
-def _collect(one: PreparedGeneration, record: Record, environment: RankEnvironment) -> Timeline | None:
+def _collect(one: PreparedGeneration, kept: Kept, environment: RankEnvironment) -> Timeline | None:
     """The job's Timeline on rank 0, with the tokens generated in its `about`; None elsewhere. Collective."""
     rank, num_ranks = environment.rank, environment.num_ranks
     token_QI = torch.full((len(one.job.prompts), one.job.max_new_tokens), -1, dtype=torch.int64)
-    for request, tokens in zip(one.request_B, record.generated_B, strict=True):
+    for request, tokens in zip(one.request_B, kept.generated_B, strict=True):
         token_QI[request, : len(tokens)] = torch.tensor(tokens)
     dist.all_reduce(token_QI, dist.ReduceOp.MAX)
-    host_R = gather_to_first(np.array([_host_id(rank)], dtype=np.int64), rank, num_ranks)
-    time_RIM = gather_to_first(np.stack(record.times_IM), rank, num_ranks)
-    count_RIL3 = gather_to_first(np.stack(record.counts_IL3), rank, num_ranks)
-    home_RI = gather_to_first(np.array(record.home_I, dtype=np.int64), rank, num_ranks)
-    if host_R is None or time_RIM is None or count_RIL3 is None or home_RI is None:
+    host_R = gather_to_first(np.array([host_id(rank)], dtype=np.int64), rank, num_ranks)
+    time_RIG2 = gather_to_first(np.stack([record.time_G2 for record in kept.records]), rank, num_ranks)
+    count_RIG3 = gather_to_first(np.stack([record.count_G3 for record in kept.records]), rank, num_ranks)
+    home_RI = gather_to_first(np.array(kept.home_I, dtype=np.int64), rank, num_ranks)
+    if host_R is None or time_RIG2 is None or count_RIG3 is None or home_RI is None:
         return None
-    time_RIM = align_clocks(time_RIM, host_R[:, 0])
-    time_RIM -= time_RIM.min()
+    time_RIG2 = align_clocks(time_RIG2, host_R[:, 0])
     about = _about(one, environment, len(np.unique(host_R)), home_RI)
     about["generated"] = [[token for token in row if token >= 0] for row in token_QI.tolist()]
-    timeline = build_timeline(time_RIM[:, :, :-1], count_RIL3, home_RI, about["token_bytes"], about)
-    return _with_tails(timeline, time_RIM[:, :, -2:], home_RI)
-
-
-def _with_tails(timeline: Timeline, tail_RI2: IntArray, home_RI: IntArray) -> Timeline:
-    """The Timeline with one more span for each rank and iteration: what comes behind the last layer."""
-    ranks, iterations = home_RI.shape
-    none = np.zeros(ranks * iterations, dtype=np.int64)
-    tails = {
-        "iteration": np.tile(np.arange(iterations), ranks),
-        "layer": none - 1,
-        "phase": none + PHASES.index("attention"),
-        "rank": np.repeat(np.arange(ranks), iterations),
-        "start_ns": tail_RI2[:, :, 0].ravel(),
-        "duration_ns": (tail_RI2[:, :, 1] - tail_RI2[:, :, 0]).ravel(),
-        "sent_bytes": none,
-        "received_bytes": none,
-        "tokens": home_RI.ravel(),
-    }
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(timeline, name), tail.astype(getattr(timeline, name).dtype)])
-        for name, tail in tails.items()
-    }
-    order = np.lexsort((columns["rank"], columns["start_ns"], columns["iteration"]))
-    return replace(timeline, **{name: column[order] for name, column in columns.items()})
+    spans = (kept.records[0].layer_G, kept.records[0].phase_G)
+    return build_timeline(time_RIG2 - time_RIG2.min(), count_RIG3, *spans, about["token_bytes"], about)
 
 
 def _about(one: PreparedGeneration, environment: RankEnvironment, hosts: int, home_RI: IntArray) -> dict[str, Any]:
@@ -200,6 +188,10 @@ def _about(one: PreparedGeneration, environment: RankEnvironment, hosts: int, ho
         "source": "measured",
         "work": "generate",
         "mode": job.mode,
+        "algorithms": {
+            kind: [carriage.algorithm for carriage in carriage_L] for kind, carriage_L in one.step.carriages.items()
+        },
+        "realtime": job.realtime,
         "num_ranks": plan.num_ranks,
         "ranks_per_node": plan.ranks_per_node,
         "plan_sha256": plan.sha256,
