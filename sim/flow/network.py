@@ -37,7 +37,7 @@ NEVER = np.iinfo(np.int64).max // 4
 SLACK_NS, SLACK = 1e-6, 1e-11
 """What rounding errors may add to a duration, absolutely and relatively, before it counts as another nanosecond."""
 
-LEAVES, ADDED, FREE, UNSOLVED = range(4)
+LEAVES, ADDED, FREE = range(3)
 
 
 class Network(NamedTuple):
@@ -45,19 +45,22 @@ class Network(NamedTuple):
 
     flows_Q, offset_Q   flows on each link and where its entries begin
     pairs_Q             pairs of ports with flows on the link; beside_T how many flows each pair has
-    level_Q             speed of the flows that the link holds back
+    level_Q, old_Q      speed of the flows that the link holds back, now and before
     served_Q, since_Q   its clock, and when it was read
     first_Q, end_ns_Q   the first end on that clock, and in nanoseconds
     order_Q             links in the order of their levels, roughly
     dirty_Q, moved_Q    whether the link's equation has changed, and whether its level has
+    wrong_Q             whether flows on the link have to change their holder
     flow_E, other_EO, cost_2E     the flow, the rest of its path, its cost alone and beside others
+    held_E              1 where the link holds the flow back
     path_FP, pair_FP, entry_FP    of each flow: links, pairs, entries
     size_F, holder_F, end_F       time alone, the link that holds it back, its end on that link's clock
     who_F3              leg, sender, receiver
     free_F, added_F     stacks: free slots, and flows not yet held back by anybody
     missing_XR          what a rank still waits for in a leg: its own arrival, sends and receipts
     leaves_N2           stack of (leg, rank) that may go on
-    heights             heights of those stacks, and how many links are dirty
+    rest_N              scratch
+    heights             heights of those stacks
     """
 
     flows_Q: IntArray
@@ -65,6 +68,7 @@ class Network(NamedTuple):
     pairs_Q: IntArray
     beside_T: IntArray
     level_Q: FloatArray
+    old_Q: FloatArray
     served_Q: FloatArray
     since_Q: IntArray
     first_Q: FloatArray
@@ -72,9 +76,11 @@ class Network(NamedTuple):
     order_Q: IntArray
     dirty_Q: npt.NDArray[np.bool_]
     moved_Q: npt.NDArray[np.bool_]
+    wrong_Q: npt.NDArray[np.bool_]
     flow_E: IntArray
-    other_EO: npt.NDArray[np.int32]
+    other_EO: npt.NDArray[np.uint32]
     cost_2E: FloatArray
+    held_E: FloatArray
     path_FP: IntArray
     pair_FP: IntArray
     entry_FP: IntArray
@@ -86,6 +92,7 @@ class Network(NamedTuple):
     added_F: IntArray
     missing_XR: IntArray
     leaves_N2: IntArray
+    rest_N: FloatArray
     heights: IntArray
 
 
@@ -101,6 +108,7 @@ def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Netw
         pairs_Q=np.zeros(links, dtype=ints),
         beside_T=np.zeros(topology.num_pairs, dtype=ints),
         level_Q=np.full(links + 1, np.inf),
+        old_Q=np.full(links + 1, np.inf),
         served_Q=np.zeros(links),
         since_Q=np.zeros(links, dtype=ints),
         first_Q=np.full(links, np.inf),
@@ -108,9 +116,11 @@ def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Netw
         order_Q=np.arange(links),
         dirty_Q=np.zeros(links + 1, dtype=np.bool_),
         moved_Q=np.zeros(links, dtype=np.bool_),
+        wrong_Q=np.zeros(links, dtype=np.bool_),
         flow_E=np.zeros(entries, dtype=ints),
-        other_EO=np.zeros((entries, places - 1), dtype=np.int32),
+        other_EO=np.zeros((entries, places - 1), dtype=np.uint32),
         cost_2E=np.zeros((2, entries), dtype=floats),
+        held_E=np.zeros(entries),
         path_FP=np.full((slots, places), links),
         pair_FP=np.zeros((slots, places), dtype=ints),
         entry_FP=np.zeros((slots, places), dtype=ints),
@@ -122,7 +132,8 @@ def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Netw
         added_F=np.zeros(slots, dtype=ints),
         missing_XR=missing_XR,
         leaves_N2=np.zeros((slots + 2 * ranks, 2), dtype=ints),
-        heights=np.zeros(4, dtype=ints),
+        rest_N=np.zeros(int(room_Q.max())),
+        heights=np.zeros(3, dtype=ints),
     )
     network.heights[FREE] = slots
     return network
@@ -163,6 +174,7 @@ def add(
             network.flows_Q[link] += 1
             network.flow_E[entry] = flow
             network.entry_FP[flow, place] = entry
+            network.held_E[entry] = 0.0
             at = 0
             for other in range(path_FP.shape[1]):
                 if other != place:
@@ -175,7 +187,7 @@ def add(
             if network.beside_T[pair] == 1 and place % 2 == 0:
                 network.pairs_Q[link] += 1
                 network.pairs_Q[path_FP[message, place + 1]] += 1
-            _touch(network, link)
+            network.dirty_Q[link] = True
 
 
 @njit(cache=True)
@@ -188,9 +200,7 @@ def advance(network: Network, now: int, until: int, single: bool) -> int:
     _end_flows(network, now)
     while heights[LEAVES] == 0:
         _share(network, now)
-        after = until
-        for link in range(len(network.end_ns_Q)):
-            after = min(after, network.end_ns_Q[link])
+        after = min(until, network.end_ns_Q.min())
         if after >= until:
             return until
         now = after
@@ -224,13 +234,6 @@ def _count_down(network: Network, leg: int, rank: int) -> None:
 
 
 @njit(cache=True)
-def _touch(network: Network, link: int) -> None:
-    if not network.dirty_Q[link]:
-        network.dirty_Q[link] = True
-        network.heights[UNSOLVED] += 1
-
-
-@njit(cache=True)
 def _clock(network: Network, link: int, now: int) -> float:
     """Service that the link has given to each flow it holds back."""
     level = network.level_Q[link]
@@ -242,23 +245,24 @@ def _clock(network: Network, link: int, now: int) -> float:
 @njit(cache=True)
 def _end_flows(network: Network, now: int) -> None:
     """Takes away all flows that end by `now`."""
-    for link in range(len(network.end_ns_Q)):
-        if network.end_ns_Q[link] > now:
+    end_ns_Q, first_Q, end_F = network.end_ns_Q, network.first_Q, network.end_F
+    flow_E, holder_F = network.flow_E, network.holder_F
+    for link in range(len(end_ns_Q)):
+        if end_ns_Q[link] > now:
             continue
-        duration = now - network.since_Q[link]
-        slack = (SLACK_NS + SLACK * duration) * network.level_Q[link]
+        slack = (SLACK_NS + SLACK * (now - network.since_Q[link])) * network.level_Q[link]
         ended, first = _clock(network, link, now) + slack, np.inf
         start = network.offset_Q[link]
         # from the last on, since a flow that goes is replaced by the last
         for entry in range(start + network.flows_Q[link] - 1, start - 1, -1):
-            flow = network.flow_E[entry]
-            if network.holder_F[flow] == link:
-                if network.end_F[flow] <= ended:
+            flow = flow_E[entry]
+            if holder_F[flow] == link:
+                if end_F[flow] <= ended:
                     _remove(network, flow)
                 else:
-                    first = min(first, network.end_F[flow])
-        network.first_Q[link] = first
-        network.end_ns_Q[link] = NEVER
+                    first = min(first, end_F[flow])
+        first_Q[link] = first
+        end_ns_Q[link] = NEVER
         network.moved_Q[link] = True
 
 
@@ -272,7 +276,9 @@ def _remove(network: Network, flow: int) -> None:
         last = network.offset_Q[link] + network.flows_Q[link]
         moved = network.flow_E[last]
         network.flow_E[entry] = moved
-        network.other_EO[entry] = network.other_EO[last]
+        network.held_E[entry] = network.held_E[last]
+        for at in range(network.other_EO.shape[1]):
+            network.other_EO[entry, at] = network.other_EO[last, at]
         network.cost_2E[0, entry], network.cost_2E[1, entry] = network.cost_2E[0, last], network.cost_2E[1, last]
         for other in range(network.path_FP.shape[1]):
             if network.path_FP[moved, other] == link:
@@ -283,7 +289,7 @@ def _remove(network: Network, flow: int) -> None:
             if network.beside_T[pair] == 0:
                 network.pairs_Q[link] -= 1
                 network.pairs_Q[network.path_FP[flow, place + 1]] -= 1
-        _touch(network, link)
+        network.dirty_Q[link] = True
     leg, sender, receiver = network.who_F3[flow]
     network.holder_F[flow] = -1
     network.free_F[network.heights[FREE]] = flow
@@ -292,88 +298,94 @@ def _remove(network: Network, flow: int) -> None:
     _count_down(network, leg, receiver)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _share(network: Network, now: int) -> None:
     """Solves the levels again and gives every flow to the link that holds it back."""
-    level_Q, moved_Q, heights = network.level_Q, network.moved_Q, network.heights
-    old_Q = level_Q.copy()
-    heights[UNSOLVED] = solve_levels(
-        network.flows_Q,
-        network.offset_Q,
+    # every use of a field would count its references again, at more cost than the use
+    level_Q, served_Q, since_Q, first_Q = network.level_Q, network.served_Q, network.since_Q, network.first_Q
+    flows_Q, offset_Q, end_ns_Q = network.flows_Q, network.offset_Q, network.end_ns_Q
+    moved_Q, wrong_Q, old_Q = network.moved_Q, network.wrong_Q, network.old_Q
+    flow_E, other_EO, held_E, rest_N = network.flow_E, network.other_EO, network.held_E, network.rest_N
+    holder_F, end_F, links = network.holder_F, network.end_F, len(network.flows_Q)
+    old_Q[:] = level_Q
+    solve_levels(
+        flows_Q,
+        offset_Q,
         network.pairs_Q,
-        network.other_EO,
+        other_EO,
         network.cost_2E,
         network.order_Q,
         level_Q,
         network.dirty_Q,
         moved_Q,
-        heights[UNSOLVED],
+        held_E,
+        wrong_Q,
+        rest_N,
     )
-    for link in range(len(moved_Q)):
+    for link in range(links):
         if moved_Q[link]:
             if old_Q[link] < np.inf:
-                network.served_Q[link] += old_Q[link] * (now - network.since_Q[link])
-            if network.flows_Q[link] == 0:
-                network.served_Q[link] = 0.0  # a clock that starts again keeps its digits
-            network.since_Q[link] = now
-    for index in range(heights[ADDED]):
-        flow = network.added_F[index]
-        _hold(network, flow, -1, now)
-    heights[ADDED] = 0
-    for link in range(len(moved_Q)):
+                served_Q[link] += old_Q[link] * (now - since_Q[link])
+            if flows_Q[link] == 0:
+                served_Q[link] = 0.0  # a clock that starts again keeps its digits
+            since_Q[link] = now
+    for index in range(network.heights[ADDED]):
+        _hold(network, network.added_F[index], now)
+    network.heights[ADDED] = 0
+    for link in range(links):
+        if not wrong_Q[link]:
+            continue
+        wrong_Q[link] = False
+        level = level_Q[link]
+        for entry in range(offset_Q[link], offset_Q[link] + flows_Q[link]):
+            least = np.inf
+            for at in range(other_EO.shape[1]):
+                least = min(least, level_Q[other_EO[entry, at]])
+            low, high = (least, level) if held_E[entry] > 0 else (level, least)
+            if low < high * (1 - SAME):
+                _hold(network, flow_E[entry], now)
+    for link in range(links):
         if not moved_Q[link]:
             continue
-        for entry in range(network.offset_Q[link], network.offset_Q[link] + network.flows_Q[link]):
-            flow = network.flow_E[entry]
-            holder = network.holder_F[flow]
-            if holder != link:
-                if level_Q[link] < level_Q[holder] * (1 - SAME):
-                    _hold(network, flow, holder, now)
-                continue
-            least = np.inf
-            for other in network.other_EO[entry]:
-                least = min(least, level_Q[other])
-            if level_Q[link] == np.inf or least < level_Q[link] * (1 - SAME):
-                _hold(network, flow, holder, now)
-    for link in range(len(moved_Q)):
-        if moved_Q[link]:
-            moved_Q[link] = False
-            _next_end(network, link)
+        moved_Q[link] = False
+        first = first_Q[link]
+        if first == -np.inf:
+            first = np.inf
+            for entry in range(offset_Q[link], offset_Q[link] + flows_Q[link]):
+                if holder_F[flow_E[entry]] == link:
+                    first = min(first, end_F[flow_E[entry]])
+            first_Q[link] = first
+        end_ns_Q[link] = NEVER
+        if first < np.inf:
+            duration = (first - served_Q[link]) / level_Q[link]
+            whole = int(np.ceil(duration - SLACK_NS - SLACK * duration))
+            end_ns_Q[link] = since_Q[link] + max(0, whole)
 
 
 @njit(cache=True)
-def _hold(network: Network, flow: int, holder: int, now: int) -> None:
-    """The flow goes from the clock of `holder` (-1: none yet) to that of the lowest link on its path."""
+def _hold(network: Network, flow: int, now: int) -> None:
+    """The flow goes from the clock of the link that held it back, if any, to that of the lowest link on its path."""
+    level_Q, holder = network.level_Q, network.holder_F[flow]
+    lowest = holder
+    for place in range(network.path_FP.shape[1]):
+        link = network.path_FP[flow, place]
+        # the padding at the end of level_Q, which -1 finds too, is infinite
+        if level_Q[link] < level_Q[lowest] * (1 - SAME):
+            lowest = link
+    if lowest == holder:
+        return
     left = network.size_F[flow]
     if holder >= 0:
         left = network.end_F[flow] - _clock(network, holder, now)
         if network.end_F[flow] <= network.first_Q[holder]:
             network.first_Q[holder] = -np.inf  # no longer known
             network.moved_Q[holder] = True
-    lowest, least = -1, np.inf
-    for link in network.path_FP[flow]:
-        if network.level_Q[link] < least:
-            lowest, least = link, network.level_Q[link]
-    assert lowest >= 0, "a flow that no link holds back"
     network.holder_F[flow] = lowest
     network.end_F[flow] = _clock(network, lowest, now) + left
+    for place in range(network.path_FP.shape[1]):
+        link = network.path_FP[flow, place]
+        if link < len(network.flows_Q):
+            network.held_E[network.entry_FP[flow, place]] = 1.0 if link == lowest else 0.0
     if network.end_F[flow] < network.first_Q[lowest]:
         network.first_Q[lowest] = network.end_F[flow]
         network.moved_Q[lowest] = True
-
-
-@njit(cache=True)
-def _next_end(network: Network, link: int) -> None:
-    """When the first of the flows that the link holds back ends."""
-    if network.first_Q[link] == -np.inf:
-        first = np.inf
-        for entry in range(network.offset_Q[link], network.offset_Q[link] + network.flows_Q[link]):
-            flow = network.flow_E[entry]
-            if network.holder_F[flow] == link:
-                first = min(first, network.end_F[flow])
-        network.first_Q[link] = first
-    network.end_ns_Q[link] = NEVER
-    if network.first_Q[link] < np.inf:
-        duration = (network.first_Q[link] - network.served_Q[link]) / network.level_Q[link]
-        whole = int(np.ceil(duration - SLACK_NS - SLACK * duration))
-        network.end_ns_Q[link] = network.since_Q[link] + max(0, whole)
