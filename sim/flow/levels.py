@@ -18,6 +18,9 @@ SAME = 1e-13
 REORDER = {"reassoc", "nsz", "nnan"}
 """What the compiler may assume of sums: any order will do, and there is no NaN."""
 
+NEARLY_FULL = 1 - 1e-9
+"""Links that are not full may be more used than this only after their flows have been added up."""
+
 MANY = 16
 """So many links that moved are sorted anew, fewer are put in their places one by one."""
 
@@ -35,6 +38,8 @@ def solve_levels(
     moved_Q: npt.NDArray[np.bool_],
     held_E: FloatArray,
     wrong_Q: npt.NDArray[np.bool_],
+    used_Q: FloatArray,
+    most_cost: float,
     rest_N: FloatArray,
 ) -> None:
     """Solves the equations of the links marked in dirty_Q and of those that depend on them.
@@ -74,6 +79,7 @@ def solve_levels(
                     break
                 if weight == 0.0 and below <= 1 + SAME:
                     new = np.inf
+                    used_Q[link] = below
                     break
                 step = max((1 - below) / weight, 0.0) if weight > 0.0 else 0.0
                 close = abs(step - new) <= SAME * step
@@ -94,13 +100,14 @@ def solve_levels(
             level_Q[link] = new
             moves += 1
             moved_Q[link] = True
-            low = min(old, new)
+            low, more = min(old, new), max(new - old, 0.0) * most_cost
             for place in range(other_EO.shape[1]):
                 for at in range(flows):
                     other = other_EO[first + uintp(at), uintp(place)]
-                    # who is at most as high is not held up by this link, before or after
-                    if level_Q[other] > low:
-                        dirty_Q[other] = True
+                    # at most: the rest of the path may hold the flow back
+                    used_Q[other] += more
+                    # who is at most as high is not held up by this link, before or after; who is not full may stay so
+                    dirty_Q[other] |= (level_Q[other] > low) & ((level_Q[other] < np.inf) | (used_Q[other] > NEARLY_FULL))
         dirty_Q[len(flows_Q)] = False
         for link in range(len(flows_Q)):
             dirty |= dirty_Q[link]

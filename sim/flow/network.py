@@ -59,6 +59,8 @@ class Network(NamedTuple):
     free_F, added_F     stacks: free slots, and flows not yet held back by anybody
     missing_XR          what a rank still waits for in a leg: its own arrival, sends and receipts
     leaves_N2           stack of (leg, rank) that may go on
+    used_Q              at most so much of its time is used, where a link is not full
+    most_cost_1         the highest cost of any flow on any link so far
     rest_N              scratch
     heights             heights of those stacks
     """
@@ -77,6 +79,8 @@ class Network(NamedTuple):
     dirty_Q: npt.NDArray[np.bool_]
     moved_Q: npt.NDArray[np.bool_]
     wrong_Q: npt.NDArray[np.bool_]
+    used_Q: FloatArray
+    most_cost_1: FloatArray
     flow_E: IntArray
     other_EO: npt.NDArray[np.uint32]
     cost_2E: FloatArray
@@ -117,6 +121,8 @@ def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Netw
         dirty_Q=np.zeros(links + 1, dtype=np.bool_),
         moved_Q=np.zeros(links, dtype=np.bool_),
         wrong_Q=np.zeros(links, dtype=np.bool_),
+        used_Q=np.zeros(links + 1),
+        most_cost_1=np.zeros(1),
         flow_E=np.zeros(entries, dtype=ints),
         other_EO=np.zeros((entries, places - 1), dtype=np.uint32),
         cost_2E=np.zeros((2, entries), dtype=floats),
@@ -181,7 +187,9 @@ def add(
                     network.other_EO[entry, at] = path_FP[message, other]
                     at += 1
             for beside in range(2):
-                network.cost_2E[beside, entry] = cost_2FP[beside, message, place]
+                cost = cost_2FP[beside, message, place]
+                network.cost_2E[beside, entry] = cost
+                network.most_cost_1[0] = max(network.most_cost_1[0], cost)
             # places come in twos: sending port, receiving port
             network.beside_T[pair] += 1 - place % 2
             if network.beside_T[pair] == 1 and place % 2 == 0:
@@ -289,7 +297,8 @@ def _remove(network: Network, flow: int) -> None:
             if network.beside_T[pair] == 0:
                 network.pairs_Q[link] -= 1
                 network.pairs_Q[network.path_FP[flow, place + 1]] -= 1
-        network.dirty_Q[link] = True
+        # a link that is not full stays so
+        network.dirty_Q[link] |= network.level_Q[link] < np.inf
     leg, sender, receiver = network.who_F3[flow]
     network.holder_F[flow] = -1
     network.free_F[network.heights[FREE]] = flow
@@ -320,6 +329,8 @@ def _share(network: Network, now: int) -> None:
         moved_Q,
         held_E,
         wrong_Q,
+        network.used_Q,
+        network.most_cost_1[0],
         rest_N,
     )
     for link in range(links):
