@@ -107,7 +107,9 @@ def solve_levels(
                     # at most: the rest of the path may hold the flow back
                     used_Q[other] += more
                     # who is at most as high is not held up by this link, before or after; who is not full may stay so
-                    dirty_Q[other] |= (level_Q[other] > low) & ((level_Q[other] < np.inf) | (used_Q[other] > NEARLY_FULL))
+                    dirty_Q[other] |= (level_Q[other] > low) & (
+                        (level_Q[other] < np.inf) | (used_Q[other] > NEARLY_FULL)
+                    )
         dirty_Q[len(flows_Q)] = False
         for link in range(len(flows_Q)):
             dirty |= dirty_Q[link]

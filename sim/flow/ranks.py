@@ -89,7 +89,7 @@ class _Legs:
         until = self._env.peek()
         until = NEVER if until == float("inf") else int(until)
         reached = advance(self.network, now, until, self._observe)
-        if self._observe:
+        if self._observe and self.network.heights[LEAVES] == 0:  # else it stands still until they have gone on
             self.watch(self.network, now)
         self._asleep = True
         for leg, rank in self.network.leaves_N2[: self.network.heights[LEAVES]].tolist():
@@ -198,6 +198,4 @@ def _show(recorder: Recorder, network: Network, window: int, now: int) -> None:
     path_FP, links = network.path_FP[slot_F], len(network.flows_Q)
     beside_FP = (np.append(network.pairs_Q, 0)[path_FP] > 1).astype(np.int64)
     cost_FP = np.where(path_FP < links, network.cost_2E[beside_FP, network.entry_FP[slot_F]], 0.0)
-    recorder(
-        Snapshot(window, now, network.who_F3[slot_F], path_FP, speed_F, cost_FP, network.size_F[slot_F], left_F)
-    )
+    recorder(Snapshot(window, now, network.who_F3[slot_F], path_FP, speed_F, cost_FP, network.size_F[slot_F], left_F))

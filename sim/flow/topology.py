@@ -88,7 +88,8 @@ class Topology:
     def messages(self, copies_RR: npt.NDArray[np.integer], copy_bytes: int) -> Messages:
         """Messages of an exchange of copies_RR[a, b] copies of `copy_bytes` from a to b. Cost O(F P).
 
-        A message needs a link for alpha + bytes / beta (* tail beside other pairs), rounded as the closed form rounds.
+        A message needs a link for alpha + bytes / beta (* tail beside other pairs); its time alone is rounded to whole
+        nanoseconds, as the closed form rounds that of one message.
         Above the ranks' ports, all messages of a pair of ports are one message there: they share its alpha by bytes.
         """
         sender, receiver = np.nonzero(copies_RR)
@@ -108,17 +109,15 @@ class Topology:
                 path[crosses, place + way] = link
                 pair[crosses, place + way] = first_pair + a * ports + b
                 for beside, per_copy in enumerate((slope, slope * tier.link.tail)):
-                    time = np.rint(share * tier.link.alpha_ns + copies[crosses] * per_copy)
-                    time_2FP[beside, crosses, place + way] = time
+                    time_2FP[beside, crosses, place + way] = share * tier.link.alpha_ns + copies[crosses] * per_copy
             used_F[crosses] += 2
             first_link, first_pair = first_link + 2 * ports, first_pair + ports * ports
-        alone_ns = time_2FP[0].max(axis=1, initial=0.0)
-        cost = time_2FP / np.maximum(alone_ns, 1.0)[None, :, None]
-        return Messages(sender, receiver, path, pair, alone_ns, cost)
+        slowest_F = time_2FP[0].max(axis=1, initial=0.0)
+        return Messages(sender, receiver, path, pair, np.rint(slowest_F), time_2FP / slowest_F[None, :, None])
 
 
 def cluster_topology(cluster: ClusterSpec, above: tuple[Tier, ...] = ()) -> Topology:
-    """Ports of ranks inside their node, their NICs, the nodes' uplinks where the cluster has them, then tiers `above`."""
+    """Ports of ranks inside their node, their NICs, the nodes' uplinks where there are any, then tiers `above`."""
     rank_R, node_R = np.arange(cluster.num_ranks), cluster.node_R
     tiers = [Tier(cluster.intra, rank_R, node_R, inside=True)]
     if cluster.nodes > 1:
