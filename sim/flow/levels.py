@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uintp
 
-__all__ = ["SAME", "solve_levels"]
+__all__ = ["NEARLY_FULL", "REORDER", "SAME", "solve_levels"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -21,9 +21,6 @@ REORDER = {"reassoc", "nsz", "nnan"}
 NEARLY_FULL = 1 - 1e-9
 """Links that are not full may be more used than this only after their flows have been added up."""
 
-MANY = 16
-"""So many links that moved are sorted anew, fewer are put in their places one by one."""
-
 
 @njit(cache=True, fastmath=REORDER, error_model="numpy")
 def solve_levels(
@@ -34,7 +31,7 @@ def solve_levels(
     cost_2E: FloatArray,
     order_Q: IntArray,
     level_Q: FloatArray,
-    dirty_Q: npt.NDArray[np.bool_],
+    dirty_Q: IntArray,
     moved_Q: npt.NDArray[np.bool_],
     held_E: FloatArray,
     wrong_Q: npt.NDArray[np.bool_],
@@ -51,74 +48,73 @@ def solve_levels(
     Reference: Bertsekas and Gallager, Data Networks, section 6.5.2 (the fair allocation is the one in which every flow
     has a bottleneck link).
     """
-    moves, dirty = 0, True
-    while dirty:
-        dirty = False
-        for link in order_Q:
-            if not dirty_Q[link]:
-                continue
-            dirty_Q[link] = False
-            old = level_Q[link]
-            first, flows, beside = uintp(offset_Q[link]), flows_Q[link], uintp(1 if pairs_Q[link] > 1 else 0)
-            # what the rest of each flow's path allows it
+    turn, links = 0, len(order_Q)
+    while turn < links:
+        link = order_Q[turn]
+        if dirty_Q[link] == 0:
+            turn += 1
+            continue
+        dirty_Q[link] = 0
+        old = level_Q[link]
+        first, flows, beside = uintp(offset_Q[link]), flows_Q[link], uintp(1 if pairs_Q[link] > 1 else 0)
+        # what the rest of each flow's path allows it
+        for at in range(flows):
+            rest_N[at] = level_Q[other_EO[first + uintp(at), 0]]
+        for place in range(1, other_EO.shape[1]):
             for at in range(flows):
-                rest_N[at] = level_Q[other_EO[first + uintp(at), 0]]
-            for place in range(1, other_EO.shape[1]):
-                for at in range(flows):
-                    rest_N[at] = min(rest_N[at], level_Q[other_EO[first + uintp(at), uintp(place)]])
-            # Newton's method on a concave function of straight pieces: from the first step on the level only rises
-            new, weight_before = old, -1.0
-            while True:
-                below, weight = 0.0, 0.0
-                # sums alone, and no branches: the machine takes several flows at once
-                for at in range(flows):
-                    rest, cost = rest_N[at], cost_2E[beside, first + uintp(at)]
-                    below += cost * (rest if rest < new else 0.0)
-                    weight += cost if rest >= new else 0.0
-                if weight == weight_before:
-                    break
-                if weight == 0.0 and below <= 1 + SAME:
-                    new = np.inf
-                    used_Q[link] = below
-                    break
-                step = max((1 - below) / weight, 0.0) if weight > 0.0 else 0.0
-                close = abs(step - new) <= SAME * step
-                new, weight_before = step, weight
-                if close:
-                    break
-            same = new == old or abs(new - old) <= SAME * min(new, old)
-            if same:
-                new = old
-            wrong = 0.0
+                rest_N[at] = min(rest_N[at], level_Q[other_EO[first + uintp(at), uintp(place)]])
+        # Newton's method on a concave function of straight pieces: from the first step on the level only rises
+        new, weight_before = old, -1.0
+        while True:
+            below, weight = 0.0, 0.0
+            # sums alone, and no branches: the machine takes several flows at once
             for at in range(flows):
-                rest, held = rest_N[at], held_E[first + uintp(at)]
-                low, high = (rest, new) if held > 0 else (new, rest)
-                wrong += 1.0 if low < high * (1 - SAME) else 0.0
-            wrong_Q[link] = wrong > 0
-            if same:
-                continue
-            level_Q[link] = new
-            moves += 1
-            moved_Q[link] = True
-            low, more = min(old, new), max(new - old, 0.0) * most_cost
-            for place in range(other_EO.shape[1]):
-                for at in range(flows):
-                    other = other_EO[first + uintp(at), uintp(place)]
-                    # at most: the rest of the path may hold the flow back
-                    used_Q[other] += more
-                    # who is at most as high is not held up by this link, before or after; who is not full may stay so
-                    dirty_Q[other] |= (level_Q[other] > low) & (
-                        (level_Q[other] < np.inf) | (used_Q[other] > NEARLY_FULL)
-                    )
-        dirty_Q[len(flows_Q)] = False
-        for link in range(len(flows_Q)):
-            dirty |= dirty_Q[link]
-    if moves > MANY:
-        order_Q[:] = order_Q[np.argsort(level_Q[order_Q], kind="mergesort")]
-    elif moves > 0:
-        for at in range(1, len(order_Q)):
-            link, place = order_Q[at], at
-            while place > 0 and level_Q[order_Q[place - 1]] > level_Q[link]:
-                order_Q[place] = order_Q[place - 1]
-                place -= 1
-            order_Q[place] = link
+                rest, cost = rest_N[at], cost_2E[beside, first + uintp(at)]
+                below += cost * (rest if rest < new else 0.0)
+                weight += cost if rest >= new else 0.0
+            if weight == weight_before:
+                break
+            if weight == 0.0 and below <= 1 + SAME:
+                new = np.inf
+                used_Q[link] = below
+                break
+            step = max((1 - below) / weight, 0.0) if weight > 0.0 else 0.0
+            close = abs(step - new) <= SAME * step
+            new, weight_before = step, weight
+            if close:
+                break
+        same = new == old or abs(new - old) <= SAME * min(new, old)
+        if same:
+            new = old
+        wrong = 0.0
+        for at in range(flows):
+            rest, held = rest_N[at], held_E[first + uintp(at)]
+            low, high = (rest, new) if held > 0 else (new, rest)
+            wrong += 1.0 if low < high * (1 - SAME) else 0.0
+        wrong_Q[link] = wrong > 0
+        if same:
+            turn += 1
+            continue
+        level_Q[link] = new
+        moved_Q[link] = True
+        low, more = min(old, new), max(new - old, 0.0) * most_cost
+        for place in range(other_EO.shape[1]):
+            for at in range(flows):
+                other = other_EO[first + uintp(at), uintp(place)]
+                # at most: the rest of the path may hold the flow back
+                used_Q[other] += more
+                # who is at most as high is not held up by this link, before or after; who is not full may stay so
+                may_rise = level_Q[other] < np.inf or used_Q[other] > NEARLY_FULL
+                dirty_Q[other] |= 1 if level_Q[other] > low and may_rise else 0
+        # the order is kept, so that links see lower ones settled: what this one dirties comes after `turn`
+        place = turn
+        while place + 1 < links and level_Q[order_Q[place + 1]] < new:
+            order_Q[place] = order_Q[place + 1]
+            place += 1
+        while place > 0 and level_Q[order_Q[place - 1]] > new:
+            order_Q[place] = order_Q[place - 1]
+            place -= 1
+        order_Q[place] = link
+        if place <= turn:
+            turn = place + 1
+    dirty_Q[links] = 0

@@ -1,7 +1,6 @@
 """Flows that share links max-min fairly, advanced from one change of the set of flows to the next.
 
-Legend: Q links (and one more, never full, that pads paths), F slots of flows, P places of a path, E entries (one for
-each flow on each link, a link's together), O the other places of the path, X legs, R ranks. Times: nanoseconds.
+Legend: as in sim.flow.state.
 
 The speed of a flow is 1 where it is alone; on a link it takes cost * speed of the link's time, and a link's time is
 never overdrawn. Max-min in speed: nobody can be faster without somebody as slow or slower becoming slower still.
@@ -17,133 +16,24 @@ flow has an end. So a link whose level changes costs one pass over its flows, an
 A flow ends on the first whole nanosecond at which all its bytes have passed, never before (docs: see sim.flow).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 from sim.flow.levels import SAME, solve_levels
-from sim.flow.topology import Topology
+from sim.flow.rows import solve_rows
+from sim.flow.state import ADDED, FREE, LEAVES, NEVER, Network
 
-__all__ = ["NEVER", "Network", "active", "add", "advance", "open_network"]
+__all__ = ["active", "add", "advance"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-NEVER = np.iinfo(np.int64).max // 4
-"""A time that no simulation reaches."""
+DENSE = 6
+"""So many cells for a flow are still passed sooner, several at once, than a flow that has to be looked up."""
 
 SLACK_NS, SLACK = 1e-6, 1e-11
 """What rounding errors may add to a duration, absolutely and relatively, before it counts as another nanosecond."""
-
-LEAVES, ADDED, FREE = range(3)
-
-
-class Network(NamedTuple):
-    """State of all links and flows; `add` and `advance` update it in place.
-
-    flows_Q, offset_Q   flows on each link and where its entries begin
-    pairs_Q             pairs of ports with flows on the link; beside_T how many flows each pair has
-    level_Q, old_Q      speed of the flows that the link holds back, now and before
-    served_Q, since_Q   its clock, and when it was read
-    first_Q, end_ns_Q   the first end on that clock, and in nanoseconds
-    order_Q             links in the order of their levels, roughly
-    dirty_Q, moved_Q    whether the link's equation has changed, and whether its level has
-    wrong_Q             whether flows on the link have to change their holder
-    flow_E, other_EO, cost_2E     the flow, the rest of its path, its cost alone and beside others
-    held_E              1 where the link holds the flow back
-    path_FP, pair_FP, entry_FP    of each flow: links, pairs, entries
-    size_F, holder_F, end_F       time alone, the link that holds it back, its end on that link's clock
-    who_F3              leg, sender, receiver
-    free_F, added_F     stacks: free slots, and flows not yet held back by anybody
-    missing_XR          what a rank still waits for in a leg: its own arrival, sends and receipts
-    leaves_N2           stack of (leg, rank) that may go on
-    used_Q              at most so much of its time is used, where a link is not full
-    most_cost_1         the highest cost of any flow on any link so far
-    rest_N              scratch
-    heights             heights of those stacks
-    """
-
-    flows_Q: IntArray
-    offset_Q: IntArray
-    pairs_Q: IntArray
-    beside_T: IntArray
-    level_Q: FloatArray
-    old_Q: FloatArray
-    served_Q: FloatArray
-    since_Q: IntArray
-    first_Q: FloatArray
-    end_ns_Q: IntArray
-    order_Q: IntArray
-    dirty_Q: npt.NDArray[np.bool_]
-    moved_Q: npt.NDArray[np.bool_]
-    wrong_Q: npt.NDArray[np.bool_]
-    used_Q: FloatArray
-    most_cost_1: FloatArray
-    flow_E: IntArray
-    other_EO: npt.NDArray[np.uint32]
-    cost_2E: FloatArray
-    held_E: FloatArray
-    path_FP: IntArray
-    pair_FP: IntArray
-    entry_FP: IntArray
-    size_F: FloatArray
-    holder_F: IntArray
-    end_F: FloatArray
-    who_F3: IntArray
-    free_F: IntArray
-    added_F: IntArray
-    missing_XR: IntArray
-    leaves_N2: IntArray
-    rest_N: FloatArray
-    heights: IntArray
-
-
-def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Network:
-    """No flow yet. A rank has at most one leg on each of `streams` at a time. Memory O(streams R^2 P)."""
-    links, places, ranks = topology.num_links, topology.places, missing_XR.shape[1]
-    room_Q = topology.room_Q() * streams
-    slots, entries = ranks * ranks * streams, int(room_Q.sum())
-    ints, floats = np.int64, np.float64
-    network = Network(
-        flows_Q=np.zeros(links, dtype=ints),
-        offset_Q=np.cumsum(room_Q) - room_Q,
-        pairs_Q=np.zeros(links, dtype=ints),
-        beside_T=np.zeros(topology.num_pairs, dtype=ints),
-        level_Q=np.full(links + 1, np.inf),
-        old_Q=np.full(links + 1, np.inf),
-        served_Q=np.zeros(links),
-        since_Q=np.zeros(links, dtype=ints),
-        first_Q=np.full(links, np.inf),
-        end_ns_Q=np.full(links, NEVER),
-        order_Q=np.arange(links),
-        dirty_Q=np.zeros(links + 1, dtype=np.bool_),
-        moved_Q=np.zeros(links, dtype=np.bool_),
-        wrong_Q=np.zeros(links, dtype=np.bool_),
-        used_Q=np.zeros(links + 1),
-        most_cost_1=np.zeros(1),
-        flow_E=np.zeros(entries, dtype=ints),
-        other_EO=np.zeros((entries, places - 1), dtype=np.uint32),
-        cost_2E=np.zeros((2, entries), dtype=floats),
-        held_E=np.zeros(entries),
-        path_FP=np.full((slots, places), links),
-        pair_FP=np.zeros((slots, places), dtype=ints),
-        entry_FP=np.zeros((slots, places), dtype=ints),
-        size_F=np.zeros(slots),
-        holder_F=np.full(slots, -1),
-        end_F=np.zeros(slots),
-        who_F3=np.zeros((slots, 3), dtype=ints),
-        free_F=np.arange(slots)[::-1].copy(),
-        added_F=np.zeros(slots, dtype=ints),
-        missing_XR=missing_XR,
-        leaves_N2=np.zeros((slots + 2 * ranks, 2), dtype=ints),
-        rest_N=np.zeros(int(room_Q.max())),
-        heights=np.zeros(3, dtype=ints),
-    )
-    network.heights[FREE] = slots
-    return network
-
 
 @njit(cache=True)
 def add(
@@ -157,7 +47,7 @@ def add(
     cost_2FP: FloatArray,
 ) -> None:
     """Rank is ready for the leg now and starts its messages (arrays as in Messages, its own only)."""
-    links, heights = len(network.flows_Q), network.heights
+    links, heights, span_Q = len(network.flows_Q), network.heights, network.span_Q
     _count_down(network, leg, rank)
     for message in range(len(receiver_F)):
         if alone_ns_F[message] == 0:  # bytes that take no time
@@ -172,8 +62,10 @@ def add(
         network.holder_F[flow] = -1
         network.who_F3[flow, 0], network.who_F3[flow, 1], network.who_F3[flow, 2] = leg, rank, receiver_F[message]
         for place in range(path_FP.shape[1]):
+            network.path_FP[flow, place] = path_FP[message, place]
+            network.pair_FP[flow, place] = pair_FP[message, place]
+        for place in range(path_FP.shape[1]):
             link, pair = path_FP[message, place], pair_FP[message, place]
-            network.path_FP[flow, place], network.pair_FP[flow, place] = link, pair
             if link == links:
                 continue
             entry = network.offset_Q[link] + network.flows_Q[link]
@@ -190,12 +82,16 @@ def add(
                 cost = cost_2FP[beside, message, place]
                 network.cost_2E[beside, entry] = cost
                 network.most_cost_1[0] = max(network.most_cost_1[0], cost)
+                if span_Q[link] > 0:
+                    cell = network.row_Q[link] + path_FP[message, 1 - place] - network.near_Q[link]
+                    network.cost_2D[beside, cell] += cost
+                    network.away_D[cell] += beside  # once
             # places come in twos: sending port, receiving port
             network.beside_T[pair] += 1 - place % 2
             if network.beside_T[pair] == 1 and place % 2 == 0:
                 network.pairs_Q[link] += 1
                 network.pairs_Q[path_FP[message, place + 1]] += 1
-            network.dirty_Q[link] = True
+            network.dirty_Q[link] = 1
 
 
 @njit(cache=True)
@@ -281,6 +177,14 @@ def _remove(network: Network, flow: int) -> None:
         if link == len(network.flows_Q):
             continue
         network.flows_Q[link] -= 1
+        if network.span_Q[link] > 0:
+            cell = network.row_Q[link] + network.path_FP[flow, 1 - place] - network.near_Q[link]
+            network.held_D[cell] -= network.held_E[entry]
+            network.away_D[cell] -= 1 - network.held_E[entry]
+            empty = network.held_D[cell] + network.away_D[cell] == 0
+            for beside in range(2):
+                left = network.cost_2D[beside, cell] - network.cost_2E[beside, entry]
+                network.cost_2D[beside, cell] = 0.0 if empty else left
         last = network.offset_Q[link] + network.flows_Q[link]
         moved = network.flow_E[last]
         network.flow_E[entry] = moved
@@ -298,7 +202,7 @@ def _remove(network: Network, flow: int) -> None:
                 network.pairs_Q[link] -= 1
                 network.pairs_Q[network.path_FP[flow, place + 1]] -= 1
         # a link that is not full stays so
-        network.dirty_Q[link] |= network.level_Q[link] < np.inf
+        network.dirty_Q[link] |= 1 if network.level_Q[link] < np.inf else 0
     leg, sender, receiver = network.who_F3[flow]
     network.holder_F[flow] = -1
     network.free_F[network.heights[FREE]] = flow
@@ -314,25 +218,47 @@ def _share(network: Network, now: int) -> None:
     level_Q, served_Q, since_Q, first_Q = network.level_Q, network.served_Q, network.since_Q, network.first_Q
     flows_Q, offset_Q, end_ns_Q = network.flows_Q, network.offset_Q, network.end_ns_Q
     moved_Q, wrong_Q, old_Q = network.moved_Q, network.wrong_Q, network.old_Q
-    flow_E, other_EO, held_E, rest_N = network.flow_E, network.other_EO, network.held_E, network.rest_N
+    flow_E, other_EO, held_E, span_Q = network.flow_E, network.other_EO, network.held_E, network.span_Q
     holder_F, end_F, links = network.holder_F, network.end_F, len(network.flows_Q)
     old_Q[:] = level_Q
-    solve_levels(
-        flows_Q,
-        offset_Q,
-        network.pairs_Q,
-        other_EO,
-        network.cost_2E,
-        network.order_Q,
-        level_Q,
-        network.dirty_Q,
-        moved_Q,
-        held_E,
-        wrong_Q,
-        network.used_Q,
-        network.most_cost_1[0],
-        rest_N,
-    )
+    flows, cells = 0, 0
+    for link in range(links):
+        flows += flows_Q[link]
+        cells += span_Q[link] if flows_Q[link] > 0 else 0
+    if 0 < cells <= DENSE * flows:
+        solve_rows(
+            network.near_Q,
+            span_Q,
+            network.row_Q,
+            network.pairs_Q,
+            network.cost_2D,
+            network.order_Q,
+            level_Q,
+            network.dirty_Q,
+            moved_Q,
+            network.held_D,
+            network.away_D,
+            wrong_Q,
+            network.used_Q,
+            network.most_cost_1[0],
+        )
+    else:
+        solve_levels(
+            flows_Q,
+            offset_Q,
+            network.pairs_Q,
+            other_EO,
+            network.cost_2E,
+            network.order_Q,
+            level_Q,
+            network.dirty_Q,
+            moved_Q,
+            held_E,
+            wrong_Q,
+            network.used_Q,
+            network.most_cost_1[0],
+            network.rest_N,
+        )
     for link in range(links):
         if moved_Q[link]:
             if old_Q[link] < np.inf:
@@ -387,16 +313,23 @@ def _hold(network: Network, flow: int, now: int) -> None:
         return
     left = network.size_F[flow]
     if holder >= 0:
-        left = network.end_F[flow] - _clock(network, holder, now)
+        left = network.end_F[flow] - network.served_Q[holder]
+        if level_Q[holder] < np.inf:
+            left -= level_Q[holder] * (now - network.since_Q[holder])
         if network.end_F[flow] <= network.first_Q[holder]:
             network.first_Q[holder] = -np.inf  # no longer known
             network.moved_Q[holder] = True
     network.holder_F[flow] = lowest
-    network.end_F[flow] = _clock(network, lowest, now) + left
+    network.end_F[flow] = network.served_Q[lowest] + level_Q[lowest] * (now - network.since_Q[lowest]) + left
     for place in range(network.path_FP.shape[1]):
         link = network.path_FP[flow, place]
         if link < len(network.flows_Q):
-            network.held_E[network.entry_FP[flow, place]] = 1.0 if link == lowest else 0.0
+            held, entry = 1.0 if link == lowest else 0.0, network.entry_FP[flow, place]
+            if network.span_Q[link] > 0:
+                cell = network.row_Q[link] + network.path_FP[flow, 1 - place] - network.near_Q[link]
+                network.held_D[cell] += held - network.held_E[entry]
+                network.away_D[cell] -= held - network.held_E[entry]
+            network.held_E[entry] = held
     if network.end_F[flow] < network.first_Q[lowest]:
         network.first_Q[lowest] = network.end_F[flow]
         network.moved_Q[lowest] = True

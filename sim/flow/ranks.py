@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from sim.flow.network import LEAVES, NEVER, Network, active, add, advance, open_network
+from sim.flow.network import active, add, advance
+from sim.flow.state import LEAVES, NEVER, Network, open_network
 from sim.flow.topology import Messages, Topology, cluster_topology
 from sim.stages import Stage, StageTimes
 from sim.traffic import Leg, Work

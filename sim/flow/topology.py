@@ -85,6 +85,25 @@ class Topology:
             room += [crossing, crossing]
         return np.concatenate(room)
 
+    def neighbours_Q(self) -> tuple[IntArray, IntArray]:
+        """Where all paths have two links: the first link that those of each lead to, and how many in a row; else none."""
+        near, span = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        first_link = 0
+        for tier, ports in zip(self.tiers, self.ports_t, strict=True):
+            if tier.inside:
+                # ports of one area, and those numbered between them
+                lowest, highest = np.full(ports, ports), np.full(ports, -1)
+                for area in range(int(tier.area_R.max()) + 1):
+                    members = tier.port_R[tier.area_R == area]
+                    lowest[members] = np.minimum(lowest[members], members.min())
+                    highest[members] = np.maximum(highest[members], members.max())
+            else:
+                lowest, highest = np.zeros(ports, dtype=np.int64), np.full(ports, ports - 1)
+            near += [first_link + ports + lowest, first_link + lowest]
+            span += [highest - lowest + 1] * 2
+            first_link += 2 * ports
+        return np.concatenate(near), np.concatenate(span) * (self.places == 2)
+
     def messages(self, copies_RR: npt.NDArray[np.integer], copy_bytes: int) -> Messages:
         """Messages of an exchange of copies_RR[a, b] copies of `copy_bytes` from a to b. Cost O(F P).
 
