@@ -18,7 +18,8 @@ speeds are max-min fair. Without alpha that is max-min fairness of bytes per sec
 
 What follows (each a test):
 * A message alone takes what `port` and `phase` say, exactly; so does an iteration in which each rank sends one message
-  and receives one at most in a leg and no two messages meet on a link.
+  and receives one at most in a leg, no two messages meet on a link and none overtakes one of an earlier leg (there
+  `phase` keeps the order).
 * A link with m messages is busy for the sum of their times alone, which differs from the closed form alpha * m +
   bytes / beta by rounding only: at most m / 2 ns. No leg is faster than that (without tail).
 * Where all messages of a link are equal and end together, a leg is the closed form, tail included, to m / 2 + 1 ns.

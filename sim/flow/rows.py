@@ -81,8 +81,9 @@ def solve_rows(
         moved_Q[link] = True
         low, more = min(old, new), max(new - old, 0.0) * most_cost
         for at in range(span):
-            there = held_D[row + uintp(at)] + away_D[row + uintp(at)] > 0
-            rest, used = level_Q[near + uintp(at)], used_Q[near + uintp(at)] + (more if there else 0.0)
+            flows = held_D[row + uintp(at)] + away_D[row + uintp(at)]
+            there = flows > 0
+            rest, used = level_Q[near + uintp(at)], used_Q[near + uintp(at)] + (flows * more if there else 0.0)
             used_Q[near + uintp(at)] = used
             touched = there & (rest > low) & ((rest < np.inf) | (used > NEARLY_FULL))
             dirty_Q[near + uintp(at)] |= 1 if touched else 0

@@ -92,6 +92,21 @@ class Film:
         return any(np.bincount(shot.path_FP[shot.cost_FP > 0], minlength=1).max(initial=0) > 1 for shot in self.shots)
 
 
+    @property
+    def overtaken(self) -> bool:
+        """Whether a message of a later leg ever used a link before one of an earlier leg."""
+        latest: dict[int, int] = {}
+        seen: set[tuple[int, ...]] = set()
+        for shot in self.shots:
+            for who, path, cost in zip(map(tuple, shot.who_F3.tolist()), shot.path_FP, shot.cost_FP, strict=True):
+                for link in path[cost > 0].tolist() if who not in seen else ():
+                    if latest.get(link, 0) > who[0]:
+                        return True
+                    latest[link] = who[0]
+                seen.add(who)
+        return False
+
+
 def fair_speeds(path_FP: np.ndarray, cost_FP: np.ndarray) -> np.ndarray:
     """Max-min fair speeds by progressive filling: all speeds rise together, a full link stops its flows."""
     flows = len(path_FP)

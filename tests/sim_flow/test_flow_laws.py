@@ -137,7 +137,8 @@ def test_flow_is_phase_where_messages_do_not_meet(cluster: ClusterSpec, seed: in
     ready_R = rng.integers(0, 3000, cluster.num_ranks)
     film = Film()
     flow = times("flow", cluster, sizes_XRR, ready_R, recorder=film)
-    assume(not film.contended)
+    assume(not film.contended and not film.overtaken)
+    # phase keeps legs in order on every port, flow lets a message of the next leg pass a port that still waits
     phase = times("phase", cluster, sizes_XRR, ready_R)
     assert flow.start_WGR.tolist() == phase.start_WGR.tolist()
     assert flow.end_WGR.tolist() == phase.end_WGR.tolist()
