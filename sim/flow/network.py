@@ -35,6 +35,7 @@ DENSE = 6
 SLACK_NS, SLACK = 1e-6, 1e-11
 """What rounding errors may add to a duration, absolutely and relatively, before it counts as another nanosecond."""
 
+
 @njit(cache=True)
 def add(
     network: Network,
@@ -56,7 +57,7 @@ def add(
             continue
         heights[FREE] -= 1
         flow = network.free_F[heights[FREE]]
-        network.added_F[heights[ADDED]] = flow
+        network.stack_N[heights[ADDED]] = flow
         heights[ADDED] += 1
         network.size_F[flow] = alone_ns_F[message]
         network.holder_F[flow] = -1
@@ -119,12 +120,13 @@ def active(network: Network, now: int) -> tuple[IntArray, FloatArray, FloatArray
     """Slots of the flows that run after `advance` looked at `now`, their speeds and what is left of their time."""
     slot, speed, left = [0 for _ in range(0)], [0.0 for _ in range(0)], [0.0 for _ in range(0)]
     for link in range(len(network.flows_Q)):
+        served = network.served_Q[link] + network.level_Q[link] * (now - network.since_Q[link])
         for entry in range(network.offset_Q[link], network.offset_Q[link] + network.flows_Q[link]):
             flow = network.flow_E[entry]
             if network.holder_F[flow] == link:
                 slot.append(flow)
                 speed.append(network.level_Q[link])
-                left.append(network.end_F[flow] - _clock(network, link, now))
+                left.append(network.end_F[flow] - served)
     return np.array(slot), np.array(speed), np.array(left)
 
 
@@ -138,77 +140,83 @@ def _count_down(network: Network, leg: int, rank: int) -> None:
 
 
 @njit(cache=True)
-def _clock(network: Network, link: int, now: int) -> float:
-    """Service that the link has given to each flow it holds back."""
-    level = network.level_Q[link]
-    if level == np.inf:
-        return network.served_Q[link]
-    return network.served_Q[link] + level * (now - network.since_Q[link])
-
-
-@njit(cache=True)
 def _end_flows(network: Network, now: int) -> None:
     """Takes away all flows that end by `now`."""
-    end_ns_Q, first_Q, end_F = network.end_ns_Q, network.first_Q, network.end_F
-    flow_E, holder_F = network.flow_E, network.holder_F
+    end_ns_Q, first_Q, end_F, stack_N = network.end_ns_Q, network.first_Q, network.end_F, network.stack_N
+    flow_E, holder_F, level_Q = network.flow_E, network.holder_F, network.level_Q
+    # above the flows that have just been added
+    below = top = network.heights[ADDED]
     for link in range(len(end_ns_Q)):
         if end_ns_Q[link] > now:
             continue
-        slack = (SLACK_NS + SLACK * (now - network.since_Q[link])) * network.level_Q[link]
-        ended, first = _clock(network, link, now) + slack, np.inf
-        start = network.offset_Q[link]
-        # from the last on, since a flow that goes is replaced by the last
-        for entry in range(start + network.flows_Q[link] - 1, start - 1, -1):
+        duration = now - network.since_Q[link]
+        served = network.served_Q[link] + level_Q[link] * (duration + SLACK_NS + SLACK * duration)
+        first, start = np.inf, network.offset_Q[link]
+        for entry in range(start, start + network.flows_Q[link]):
             flow = flow_E[entry]
             if holder_F[flow] == link:
-                if end_F[flow] <= ended:
-                    _remove(network, flow)
+                if end_F[flow] <= served:
+                    stack_N[top] = flow
+                    top += 1
                 else:
                     first = min(first, end_F[flow])
         first_Q[link] = first
         end_ns_Q[link] = NEVER
         network.moved_Q[link] = True
+    if top > below:
+        _remove(network, below, top)
 
 
 @njit(cache=True)
-def _remove(network: Network, flow: int) -> None:
-    for place in range(network.path_FP.shape[1]):
-        link, entry = network.path_FP[flow, place], network.entry_FP[flow, place]
-        if link == len(network.flows_Q):
-            continue
-        network.flows_Q[link] -= 1
-        if network.span_Q[link] > 0:
-            cell = network.row_Q[link] + network.path_FP[flow, 1 - place] - network.near_Q[link]
-            network.held_D[cell] -= network.held_E[entry]
-            network.away_D[cell] -= 1 - network.held_E[entry]
-            empty = network.held_D[cell] + network.away_D[cell] == 0
-            for beside in range(2):
-                left = network.cost_2D[beside, cell] - network.cost_2E[beside, entry]
-                network.cost_2D[beside, cell] = 0.0 if empty else left
-        last = network.offset_Q[link] + network.flows_Q[link]
-        moved = network.flow_E[last]
-        network.flow_E[entry] = moved
-        network.held_E[entry] = network.held_E[last]
-        for at in range(network.other_EO.shape[1]):
-            network.other_EO[entry, at] = network.other_EO[last, at]
-        network.cost_2E[0, entry], network.cost_2E[1, entry] = network.cost_2E[0, last], network.cost_2E[1, last]
-        for other in range(network.path_FP.shape[1]):
-            if network.path_FP[moved, other] == link:
-                network.entry_FP[moved, other] = entry
-        if place % 2 == 0:
-            pair = network.pair_FP[flow, place]
-            network.beside_T[pair] -= 1
-            if network.beside_T[pair] == 0:
-                network.pairs_Q[link] -= 1
-                network.pairs_Q[network.path_FP[flow, place + 1]] -= 1
-        # a link that is not full stays so
-        network.dirty_Q[link] |= 1 if network.level_Q[link] < np.inf else 0
-    leg, sender, receiver = network.who_F3[flow]
-    network.holder_F[flow] = -1
-    network.free_F[network.heights[FREE]] = flow
-    network.heights[FREE] += 1
-    _count_down(network, leg, sender)
-    _count_down(network, leg, receiver)
+def _remove(network: Network, below: int, top: int) -> None:
+    """Takes the flows stack_N[below:top] off their links."""
+    flows_Q, offset_Q, pairs_Q, beside_T = network.flows_Q, network.offset_Q, network.pairs_Q, network.beside_T
+    flow_E, other_EO, cost_2E, held_E = network.flow_E, network.other_EO, network.cost_2E, network.held_E
+    path_FP, pair_FP, entry_FP, who_F3 = network.path_FP, network.pair_FP, network.entry_FP, network.who_F3
+    near_Q, span_Q, row_Q = network.near_Q, network.span_Q, network.row_Q
+    cost_2D, held_D, away_D = network.cost_2D, network.held_D, network.away_D
+    level_Q, dirty_Q, missing_XR, heights = network.level_Q, network.dirty_Q, network.missing_XR, network.heights
+    for index in range(below, top):
+        flow = network.stack_N[index]
+        for place in range(path_FP.shape[1]):
+            link, entry = path_FP[flow, place], entry_FP[flow, place]
+            if link == len(flows_Q):
+                continue
+            if span_Q[link] > 0:
+                cell = row_Q[link] + path_FP[flow, 1 - place] - near_Q[link]
+                held_D[cell] -= held_E[entry]
+                away_D[cell] -= 1 - held_E[entry]
+                empty = held_D[cell] + away_D[cell] == 0
+                for beside in range(2):
+                    cost_2D[beside, cell] = 0.0 if empty else cost_2D[beside, cell] - cost_2E[beside, entry]
+            # the last entry moves to where this one was
+            flows_Q[link] -= 1
+            last = offset_Q[link] + flows_Q[link]
+            moved = flow_E[last]
+            flow_E[entry], held_E[entry] = moved, held_E[last]
+            cost_2E[0, entry], cost_2E[1, entry] = cost_2E[0, last], cost_2E[1, last]
+            for at in range(other_EO.shape[1]):
+                other_EO[entry, at] = other_EO[last, at]
+            for other in range(path_FP.shape[1]):
+                if path_FP[moved, other] == link:
+                    entry_FP[moved, other] = entry
+            if place % 2 == 0:
+                pair = pair_FP[flow, place]
+                beside_T[pair] -= 1
+                if beside_T[pair] == 0:
+                    pairs_Q[link] -= 1
+                    pairs_Q[path_FP[flow, place + 1]] -= 1
+            # a link that is not full stays so
+            dirty_Q[link] |= 1 if level_Q[link] < np.inf else 0
+        network.holder_F[flow] = -1
+        network.free_F[heights[FREE]] = flow
+        heights[FREE] += 1
+        for end in range(1, 3):
+            leg, rank = who_F3[flow, 0], who_F3[flow, end]
+            missing_XR[leg, rank] -= 1
+            if missing_XR[leg, rank] == 0:
+                network.leaves_N2[heights[LEAVES], 0], network.leaves_N2[heights[LEAVES], 1] = leg, rank
+                heights[LEAVES] += 1
 
 
 @njit(cache=True, error_model="numpy")
@@ -220,6 +228,7 @@ def _share(network: Network, now: int) -> None:
     moved_Q, wrong_Q, old_Q = network.moved_Q, network.wrong_Q, network.old_Q
     flow_E, other_EO, held_E, span_Q = network.flow_E, network.other_EO, network.held_E, network.span_Q
     holder_F, end_F, links = network.holder_F, network.end_F, len(network.flows_Q)
+    path_FP, entry_FP, stack_N, heights = network.path_FP, network.entry_FP, network.stack_N, network.heights
     old_Q[:] = level_Q
     flows, cells = 0, 0
     for link in range(links):
@@ -266,9 +275,7 @@ def _share(network: Network, now: int) -> None:
             if flows_Q[link] == 0:
                 served_Q[link] = 0.0  # a clock that starts again keeps its digits
             since_Q[link] = now
-    for index in range(network.heights[ADDED]):
-        _hold(network, network.added_F[index], now)
-    network.heights[ADDED] = 0
+    unsure = heights[ADDED]
     for link in range(links):
         if not wrong_Q[link]:
             continue
@@ -280,7 +287,43 @@ def _share(network: Network, now: int) -> None:
                 least = min(least, level_Q[other_EO[entry, at]])
             low, high = (least, level) if held_E[entry] > 0 else (level, least)
             if low < high * (1 - SAME):
-                _hold(network, flow_E[entry], now)
+                stack_N[unsure] = flow_E[entry]
+                unsure += 1
+    for index in range(unsure):
+        flow = stack_N[index]
+        holder = lowest = holder_F[flow]
+        for place in range(path_FP.shape[1]):
+            link = path_FP[flow, place]
+            # the padding at the end of level_Q, which -1 finds too, is infinite
+            if level_Q[link] < level_Q[lowest] * (1 - SAME):
+                lowest = link
+        if lowest == holder:
+            continue
+        # from the clock of one link to that of another
+        left = network.size_F[flow]
+        if holder >= 0:
+            left = end_F[flow] - served_Q[holder]
+            if level_Q[holder] < np.inf:
+                left -= level_Q[holder] * (now - since_Q[holder])
+            if end_F[flow] <= first_Q[holder]:
+                first_Q[holder] = -np.inf  # no longer known
+                moved_Q[holder] = True
+        holder_F[flow] = lowest
+        end_F[flow] = served_Q[lowest] + level_Q[lowest] * (now - since_Q[lowest]) + left
+        if end_F[flow] < first_Q[lowest]:
+            first_Q[lowest] = end_F[flow]
+            moved_Q[lowest] = True
+        for place in range(path_FP.shape[1]):
+            link = path_FP[flow, place]
+            if link == links:
+                continue
+            held, entry = 1.0 if link == lowest else 0.0, entry_FP[flow, place]
+            if span_Q[link] > 0:
+                cell = network.row_Q[link] + path_FP[flow, 1 - place] - network.near_Q[link]
+                network.held_D[cell] += held - held_E[entry]
+                network.away_D[cell] -= held - held_E[entry]
+            held_E[entry] = held
+    heights[ADDED] = 0
     for link in range(links):
         if not moved_Q[link]:
             continue
@@ -297,39 +340,3 @@ def _share(network: Network, now: int) -> None:
             duration = (first - served_Q[link]) / level_Q[link]
             whole = int(np.ceil(duration - SLACK_NS - SLACK * duration))
             end_ns_Q[link] = since_Q[link] + max(0, whole)
-
-
-@njit(cache=True)
-def _hold(network: Network, flow: int, now: int) -> None:
-    """The flow goes from the clock of the link that held it back, if any, to that of the lowest link on its path."""
-    level_Q, holder = network.level_Q, network.holder_F[flow]
-    lowest = holder
-    for place in range(network.path_FP.shape[1]):
-        link = network.path_FP[flow, place]
-        # the padding at the end of level_Q, which -1 finds too, is infinite
-        if level_Q[link] < level_Q[lowest] * (1 - SAME):
-            lowest = link
-    if lowest == holder:
-        return
-    left = network.size_F[flow]
-    if holder >= 0:
-        left = network.end_F[flow] - network.served_Q[holder]
-        if level_Q[holder] < np.inf:
-            left -= level_Q[holder] * (now - network.since_Q[holder])
-        if network.end_F[flow] <= network.first_Q[holder]:
-            network.first_Q[holder] = -np.inf  # no longer known
-            network.moved_Q[holder] = True
-    network.holder_F[flow] = lowest
-    network.end_F[flow] = network.served_Q[lowest] + level_Q[lowest] * (now - network.since_Q[lowest]) + left
-    for place in range(network.path_FP.shape[1]):
-        link = network.path_FP[flow, place]
-        if link < len(network.flows_Q):
-            held, entry = 1.0 if link == lowest else 0.0, network.entry_FP[flow, place]
-            if network.span_Q[link] > 0:
-                cell = network.row_Q[link] + network.path_FP[flow, 1 - place] - network.near_Q[link]
-                network.held_D[cell] += held - network.held_E[entry]
-                network.away_D[cell] -= held - network.held_E[entry]
-            network.held_E[entry] = held
-    if network.end_F[flow] < network.first_Q[lowest]:
-        network.first_Q[lowest] = network.end_F[flow]
-        network.moved_Q[lowest] = True

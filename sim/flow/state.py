@@ -42,7 +42,7 @@ class Network(NamedTuple):
     path_FP, pair_FP, entry_FP    of each flow: links, pairs, entries
     size_F, holder_F, end_F       time alone, the link that holds it back, its end on that link's clock
     who_F3              leg, sender, receiver
-    free_F, added_F     stacks: free slots, and flows not yet held back by anybody
+    free_F, stack_N     stacks: free slots; flows not yet held back by anybody (then scratch)
     missing_XR          what a rank still waits for in a leg: its own arrival, sends and receipts
     leaves_N2           stack of (leg, rank) that may go on
     near_Q, span_Q, row_Q   where all paths have two links: the links that those of this one lead to (first, how many)
@@ -82,7 +82,7 @@ class Network(NamedTuple):
     end_F: FloatArray
     who_F3: IntArray
     free_F: IntArray
-    added_F: IntArray
+    stack_N: IntArray
     missing_XR: IntArray
     leaves_N2: IntArray
     near_Q: IntArray
@@ -134,7 +134,7 @@ def open_network(topology: Topology, missing_XR: IntArray, streams: int) -> Netw
         end_F=np.zeros(slots),
         who_F3=np.zeros((slots, 3), dtype=ints),
         free_F=np.arange(slots)[::-1].copy(),
-        added_F=np.zeros(slots, dtype=ints),
+        stack_N=np.zeros(slots * (places + 1), dtype=ints),
         missing_XR=missing_XR,
         leaves_N2=np.zeros((slots + 2 * ranks, 2), dtype=ints),
         near_Q=near_Q,

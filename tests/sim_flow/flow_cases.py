@@ -91,7 +91,6 @@ class Film:
         """Whether two flows were ever on one link."""
         return any(np.bincount(shot.path_FP[shot.cost_FP > 0], minlength=1).max(initial=0) > 1 for shot in self.shots)
 
-
     @property
     def overtaken(self) -> bool:
         """Whether a message of a later leg ever used a link before one of an earlier leg."""
