@@ -86,7 +86,7 @@ class Topology:
         return np.concatenate(room)
 
     def neighbours_Q(self) -> tuple[IntArray, IntArray]:
-        """Where all paths have two links: the first link that those of each lead to, and how many in a row; else none."""
+        """Where all paths have two links: the first link that those of each lead to, and how many; else none."""
         near, span = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         first_link = 0
         for tier, ports in zip(self.tiers, self.ports_t, strict=True):

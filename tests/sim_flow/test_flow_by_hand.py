@@ -64,6 +64,12 @@ def test_a_late_message_takes_its_share_from_then_on() -> None:
     assert ends(cluster_of(1, 3), [matrix(3, r0to2=1000, r1to2=1000)], [0, 400, 0]) == [1600, 2000, 2000]
 
 
+def test_a_message_may_start_on_the_nanosecond_on_which_others_end() -> None:
+    """Ranks 0 and 1 are done at 1000, when rank 3 starts: nothing is shared."""
+    sizes = matrix(5, r0to2=1000, r1to4=1000, r3to2=500, r3to4=500)
+    assert ends(cluster_of(1, 5), [sizes], [0, 0, 0, 1000, 0]) == [1000, 1000, 2000, 2000, 2000]
+
+
 def test_both_directions_are_free_of_each_other() -> None:
     assert ends(cluster_of(1, 2), [matrix(2, r0to1=1000, r1to0=1000)]) == [1000, 1000]
 
