@@ -23,8 +23,9 @@ from sim.traffic import work_of
 
 __all__ = ["FIDELITIES", "Fidelity", "simulate"]
 
-Fidelity = Literal["port", "phase"]
-"""port: every phase lasts as long as its slowest port (the closed form). phase: ranks run on without barriers."""
+Fidelity = Literal["port", "phase", "flow"]
+"""port: every phase lasts as long as its slowest port (the closed form). phase: ranks run on without barriers.
+flow: and every message is a flow that shares links max-min fairly."""
 
 FIDELITIES: tuple[Fidelity, ...] = get_args(Fidelity)
 
@@ -86,6 +87,10 @@ def simulate(
     stages = stages_of(work)
     if fidelity == "port":
         times = port_times(work, stages)
+    elif fidelity == "flow":
+        from sim.flow import flow_times
+
+        times = flow_times(work, stages, progress)
     else:
         from sim.phase import phase_times  # numba and SimPy take longer to import than fidelity port to run
 
