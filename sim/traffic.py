@@ -188,7 +188,7 @@ def _chunk(
         ("combine", traffic.returns_WRR, model.token_bytes, None if rounds is None else rounds.transposed()),
     )
     for way, legs_WRR, copy_bytes, order in ways:
-        packing[way] = packing_ns(cluster, legs_WRR[0][step], copy_bytes)
+        packing[way] = packing_ns(cluster, mode, traffic.home_WR[step])
         parts = [part for leg in legs_WRR for part in expand_leg(leg[step], algorithm, cluster.ranks_per_node, order)]
         stays = INSIDE_LEG.get((mode if algorithm == "linear" else algorithm, way))
         legs[way] = tuple(_leg(cluster, part, copy_bytes, inside=at == stays) for at, part in enumerate(parts))

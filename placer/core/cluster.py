@@ -8,14 +8,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import field as field_of
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.core.errors import InputFileError, UsageError
+from placer.core.modes import DISPATCH_MODES
 
-__all__ = ["ClusterSpec", "Compute", "LinkClass", "Software"]
+__all__ = ["ClusterSpec", "Compute", "ExchangeCost", "LinkClass", "Software"]
 
 
 LEAST, MOST = 1e-9, 1e12
@@ -75,25 +77,40 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeCost:
+    """What a rank's software adds to one dispatch or one combine: fixed, and for each of its own tokens."""
+
+    fixed_us: float = 0.0
+    token_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        _microseconds("software.exchanges", "fixed_us", self.fixed_us)
+        _microseconds("software.exchanges", "token_us", self.token_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
     """What running a layer costs beside links and GEMMs, as `placer calibrate` finds it. Nothing where not calibrated.
 
-    layer_us               fixed, once a layer (norms, launches, the interpreter)
-    exchange_us            fixed, each dispatch and each combine (exchange of counts, packing)
-    permute_gbytes_per_s   rate at which copies sent and received are packed and unpacked; None: for nothing
-    shared_cores           processor cores that all ranks share, where they do (ranks on one machine's CPU)
+    layer_us       fixed, once a layer (norms, launches, the interpreter)
+    exchanges      cost of an exchange by dispatch mode; a mode that is not there costs nothing
+    shared_cores   processor cores that all ranks share, where they do (ranks on one machine's CPU)
     """
 
     layer_us: float = 0.0
-    exchange_us: float = 0.0
-    permute_gbytes_per_s: float | None = None
+    exchanges: Mapping[str, ExchangeCost] = field_of(default_factory=dict)
     shared_cores: int | None = None
 
     def __post_init__(self) -> None:
         _microseconds("software", "layer_us", self.layer_us)
-        _microseconds("software", "exchange_us", self.exchange_us)
-        if self.permute_gbytes_per_s is not None:
-            _positive("software", "permute_gbytes_per_s", self.permute_gbytes_per_s)
+        if not isinstance(self.exchanges, Mapping):
+            raise UsageError(f"software.exchanges is {self.exchanges!r}; give a cost for each dispatch mode")
+        for mode, cost in self.exchanges.items():
+            if mode not in DISPATCH_MODES or not isinstance(cost, ExchangeCost):
+                raise UsageError(
+                    f"software.exchanges has {mode!r}: {cost!r}; give fixed_us and token_us for any of "
+                    f"{', '.join(DISPATCH_MODES)}"
+                )
         cores = self.shared_cores
         if cores is not None and (isinstance(cores, bool) or not isinstance(cores, int) or cores < 1):
             raise UsageError(f"software.shared_cores is {cores!r}; give a positive integer or leave it out")
@@ -214,7 +231,10 @@ class ClusterSpec:
                     fields[field] = tuple(fields[field])
             fields["compute"] = Compute(**fields["compute"])
             if fields.get("software") is not None:
-                fields["software"] = Software(**fields["software"])
+                software = dict(fields["software"])
+                costs = dict(software.get("exchanges") or {})
+                software["exchanges"] = {mode: ExchangeCost(**cost) for mode, cost in costs.items()}
+                fields["software"] = Software(**software)
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as error:
             raise InputFileError(f"{where}: not a cluster description ({error})") from error

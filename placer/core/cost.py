@@ -19,6 +19,7 @@ import numpy.typing as npt
 from placer.core.cluster import ClusterSpec, LinkClass
 from placer.core.dispatch import LayerTraffic
 from placer.core.model import ModelSpec
+from placer.core.modes import DispatchMode
 
 __all__ = [
     "LegTimes",
@@ -120,16 +121,12 @@ def attention_ns(cluster: ClusterSpec, model: ModelSpec, home_WR: IntArray) -> I
     return np.rint(work + fixed).astype(np.int64)
 
 
-def packing_ns(cluster: ClusterSpec, copies_WRR: IntArray, copy_bytes: int) -> IntArray:
-    """What each rank's software adds to one dispatch or combine whose first leg is `copies_WRR`, (W, R)."""
-    software = cluster.software
-    if software is None:
-        return np.zeros(copies_WRR.shape[:2], dtype=np.int64)
-    work = np.full(copies_WRR.shape[:2], software.exchange_us * 1e3)
-    if software.permute_gbytes_per_s is not None:
-        moved_WR = copies_WRR.sum(axis=2) + copies_WRR.sum(axis=1)
-        work = work + moved_WR * (copy_bytes / software.permute_gbytes_per_s)
-    return np.rint(work).astype(np.int64)
+def packing_ns(cluster: ClusterSpec, mode: DispatchMode, home_WR: IntArray) -> IntArray:
+    """What each rank's software adds to one dispatch, or to one combine, of its own tokens, (W, R)."""
+    cost = None if cluster.software is None else cluster.software.exchanges.get(mode)
+    if cost is None:
+        return np.zeros_like(home_WR)
+    return np.rint((cost.fixed_us + home_WR * cost.token_us) * 1e3).astype(np.int64)
 
 
 def gather_copies(home_WR: IntArray) -> IntArray:
@@ -154,7 +151,7 @@ def closed_form_ns(cluster: ClusterSpec, model: ModelSpec, traffic: LayerTraffic
     """Duration of each phase of one layer when ranks start every phase together, {phase: (W,)}."""
     token_bytes = model.token_bytes
     dispatch, combine = (
-        [packing_ns(cluster, legs[0], token_bytes).max(axis=1)]
+        [packing_ns(cluster, traffic.mode, traffic.home_WR).max(axis=1)]
         + [leg_times(cluster, leg, token_bytes).slowest_W for leg in legs]
         for legs in (traffic.legs_WRR, traffic.returns_WRR)
     )

@@ -19,7 +19,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class LayerTraffic:
-    """What one layer moves and computes in each window.
+    """What one layer moves and computes in each window under `mode`.
 
     legs_WRR      one (W, R, R) array per dispatch leg, in order; entry [w, a, b] = copies that rank a sends to rank b.
                   per_node has two legs (over the network to the entry rank, then inside the node), the others one.
@@ -30,6 +30,7 @@ class LayerTraffic:
                   placed_tokens = tokens with any expert.
     """
 
+    mode: DispatchMode
     legs_WRR: tuple[IntArray, ...]
     returns_WRR: tuple[IntArray, ...]
     tokens_WP: IntArray
@@ -133,6 +134,7 @@ def layer_traffic(
 
     tokens_WP = np.bincount(window_T[token] * num_slots + slot, minlength=num_windows * num_slots)
     traffic = LayerTraffic(
+        mode=mode,
         legs_WRR=legs,
         returns_WRR=returns,
         tokens_WP=tokens_WP.reshape(num_windows, num_slots).astype(np.int64),

@@ -1,6 +1,7 @@
 """Calibration: this machine's ranks, or a lab's, measured into a cluster that predictions can be compared on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from placer.config.settings import CalibrateSettings, RunSettings
@@ -50,5 +51,9 @@ def calibrate_cluster(
     options = {"launches": settings.launches, "timeout_s": run.timeout_s, "progress": progress}
     if spec is None:
         return calibrate(job, name=f"calibrated-{ranks}", **options)  # type: ignore[arg-type]
+    name = f"calibrated-{spec}"
     with Lab.open(spec) as opened:
-        return calibrate(job, name=f"calibrated-{spec}", hosts=opened.hosts, **options)  # type: ignore[arg-type]
+        if spec.mbit is None:
+            return calibrate(job, name=name, hosts=opened.hosts, **options)  # type: ignore[arg-type]
+        with Lab.open(replace(spec, mbit=None)) as plain:
+            return calibrate(job, name=name, hosts=opened.hosts, unshaped=plain.hosts, **options)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.core.cluster import ClusterSpec, LinkClass
-from placer.core.cost import attention_ns, expert_ns, gather_copies, leg_times, port_ns, rank_load
+from placer.core.cost import attention_ns, expert_ns, gather_copies, leg_times, packing_ns, port_ns, rank_load
 from placer.core.errors import MismatchError
 from placer.core.model import ModelSpec
 from placer.core.modes import DispatchMode
@@ -112,10 +112,8 @@ class PlanPricer:
         # the way back: the same legs in reverse order with sends and receives changed over, but for coherent
         coherent = self.mode == "coherent"
         there, back = (legs[:1], legs[1:]) if coherent else (legs, [leg.mirrored() for leg in legs[::-1]])
-        packing_LR = [self._packing(way[0].moved_LR, token_bytes) for way in (there, back)]
-        duration_L = attention_LR.max(axis=1) + experts_LR.max(axis=1)
-        for packed_LR in packing_LR:
-            duration_L += packed_LR.max(axis=1)
+        packing_LR = packing_ns(self.cluster, self.mode, counts.home_LR)
+        duration_L = attention_LR.max(axis=1) + experts_LR.max(axis=1) + 2 * packing_LR.max(axis=1)
         for leg in (*there, *back):
             duration_L += leg.slowest_L
         ways = [*there, *back]
@@ -134,21 +132,11 @@ class PlanPricer:
             duration_ns=duration_ns,
             load_LR=rank_load(counts.tokens_LP, self.cluster.num_ranks),
             load_LE=load_LE,
-            compute_R=(attention_LR + experts_LR + packing_LR[0] + packing_LR[1]).sum(axis=0),
+            compute_R=(attention_LR + experts_LR + 2 * packing_LR).sum(axis=0),
             link_DCR=np.sum([leg.busy_DCLR.sum(axis=2) for leg in ways], axis=0),
             uplink_DN=np.sum([leg.uplink_DLN.sum(axis=1) for leg in ways], axis=0),
             sent_bytes_C=np.sum([leg.sent_C for leg in ways], axis=0) * token_bytes,
         )
-
-    def _packing(self, moved_LR: IntArray, copy_bytes: int) -> IntArray:
-        """`placer.core.cost.packing_ns` from what each rank sends and receives instead of the whole matrix."""
-        software = self.cluster.software
-        if software is None:
-            return np.zeros_like(moved_LR)
-        work = np.full(moved_LR.shape, software.exchange_us * 1e3)
-        if software.permute_gbytes_per_s is not None:
-            work = work + moved_LR * (copy_bytes / software.permute_gbytes_per_s)
-        return np.rint(work).astype(np.int64)
 
     def _spread(self, home_1R: IntArray, layers: int) -> "_Leg":
         """Every rank's tokens to every other rank, alike in so many layers."""
@@ -172,7 +160,6 @@ class PlanPricer:
             busy_DCLR=busy_DCLR,
             uplink_DLN=np.repeat(uplink_D1N, layers, axis=1),
             slowest_L=np.repeat(times.slowest_W, layers),
-            moved_LR=np.repeat((sent.sum(axis=1) + sent.sum(axis=0))[None], layers, axis=0),
             sent_C=layers * np.array([sent[~away_RR].sum(), sent[away_RR].sum()]),
         )
 
@@ -198,11 +185,10 @@ class _Leg:
     busy_DCLR: IntArray
     uplink_DLN: IntArray
     slowest_L: IntArray
-    moved_LR: IntArray
     sent_C: IntArray
 
     def mirrored(self) -> "_Leg":
-        return _Leg(self.busy_DCLR[::-1], self.uplink_DLN[::-1], self.slowest_L, self.moved_LR, self.sent_C)
+        return _Leg(self.busy_DCLR[::-1], self.uplink_DLN[::-1], self.slowest_L, self.sent_C)
 
 
 def _leg(links: tuple[LinkClass, LinkClass], uplink: LinkClass | None, counts: Counts, leg: int, size: int) -> _Leg:
@@ -217,6 +203,5 @@ def _leg(links: tuple[LinkClass, LinkClass], uplink: LinkClass | None, counts: C
         busy_DCLR=busy_DCLR,
         uplink_DLN=uplink_DLN,
         slowest_L=np.maximum(busy_DCLR.max(axis=(0, 1, 3)), uplink_DLN.max(axis=(0, 2))),
-        moved_LR=copies_DCLR.sum(axis=(0, 1)),
         sent_C=copies_DCLR[0].sum(axis=(1, 2)),
     )

@@ -11,11 +11,12 @@ from placer.config import load_cluster, save_cluster
 from placer.core.cluster import ClusterSpec, Compute, LinkClass, Software
 from placer.core.cost import leg_times
 from placer.core.errors import ExecutionError, InputFileError, UsageError
+from placer.core.modes import DISPATCH_MODES
 from placer.execute.calibrate import CalibrationJob, calibrate
-from placer.execute.calibrate.assemble import MODES, assemble, expert_cases, packing_tokens
+from placer.execute.calibrate.assemble import _links_ns, assemble, exchange_tokens, expert_cases
 
-EMPTY_NS, EXCHANGE_NS, LAYER_NS = 3e5, 5e5, 5e4
-REFUSED = r"^calibration (of [a-z ]+ )?refused: [^\n]*$"
+EMPTY_NS, EXCHANGE_NS, TOKEN_NS, LAYER_NS = 3e5, 5e5, 8e3, 5e4
+REFUSED = r"^calibration (of [a-z_ ]+ )?refused: [^\n]*$"
 
 
 def samples_of(job: CalibrationJob, cluster: ClusterSpec) -> dict[str, np.ndarray]:
@@ -31,14 +32,10 @@ def samples_of(job: CalibrationJob, cluster: ClusterSpec) -> dict[str, np.ndarra
     cores = cluster.software.shared_cores or job.num_ranks
     waiting = job.num_ranks / cores
     found |= {"solo": solo_N[None], "together": solo_N[None] * waiting, "layer": np.array([LAYER_NS / waiting])}
-    to_next = np.roll(np.eye(job.num_ranks, dtype=int), 1, axis=1)
-    few = 2 * (EXCHANGE_NS + leg_times(cluster, to_next[None], job.row_bytes).slowest_W[0])
-    for mode in MODES:
-        moved_N = np.array(packing_tokens(job)) * 2.0
-        found[f"moved/{mode}"] = moved_N
-        rate = cluster.software.permute_gbytes_per_s * waiting
-        found[f"packing/{mode}"] = 2e5 + 2 * moved_N[None] * job.row_bytes / rate
-        found[f"few/{mode}"] = np.array([few])
+    tokens_N = np.array(exchange_tokens(job))
+    for mode in DISPATCH_MODES:
+        links_N = np.array([_links_ns(job, cluster, mode, count) for count in tokens_N])
+        found[f"exchange/{mode}"] = (links_N + 2 * (EXCHANGE_NS + tokens_N * TOKEN_NS))[None]
     return found
 
 
@@ -52,7 +49,7 @@ def known(nodes: int, per_node: int, *, tail: float = 1.0, cores: int | None = N
         inter=LinkClass(gbytes_per_s=0.025, alpha_us=70, tail=tail if nodes > 1 else 1.0),
         uplink=LinkClass(gbytes_per_s=0.04, alpha_us=90, tail=tail) if nodes > 1 and per_node > 1 else None,
         compute=Compute(tflops=0.1, weight_read_gbytes_per_s=3.0, launch_us=50),
-        software=Software(layer_us=50, exchange_us=500, permute_gbytes_per_s=2.0, shared_cores=cores),
+        software=Software(layer_us=50, shared_cores=cores),
     )
 
 
@@ -78,8 +75,11 @@ def test_perfect_measurements_give_the_cluster_back(cluster):
     assert found.compute.weight_read_gbytes_per_s == pytest.approx(3.0, rel=2e-3)
     assert found.compute.launch_us == pytest.approx(50, rel=1e-2)
     assert found.software.layer_us == pytest.approx(50, rel=2e-3)
-    assert found.software.exchange_us == pytest.approx(500, rel=1e-2)
-    assert found.software.permute_gbytes_per_s == pytest.approx(2.0, rel=2e-3)
+    assert set(found.software.exchanges) == set(DISPATCH_MODES)
+    for cost in found.software.exchanges.values():
+        # links that were fitted to a few promille stand between the two
+        assert cost.fixed_us == pytest.approx(500, rel=0.25)
+        assert cost.token_us == pytest.approx(8, rel=0.25)
     assert found.software.shared_cores == cluster.software.shared_cores
 
 
@@ -89,7 +89,7 @@ def test_a_tail_on_two_nodes_is_a_slower_uplink():
     job = CalibrationJob(nodes=2, ranks_per_node=2)
     samples = samples_of(job, cluster)
     samples["link/all"] = (samples["link/all"] - EMPTY_NS) * 1.2 + EMPTY_NS
-    found = assemble(job, [samples], "known").cluster
+    found = assemble(job, [samples], "known", software_links=False).cluster
     assert found.uplink.gbytes_per_s == pytest.approx(0.04 / 1.2, rel=5e-3)
     assert found.inter.tail == pytest.approx(1.2, rel=5e-3)
 
@@ -163,6 +163,6 @@ def test_two_real_ranks_are_calibrated_or_refused_with_numbers(tmp_path):
         assert cluster.inter == replace(cluster.intra)
         assert found.about["backend"] == "gloo"
         assert found.about["intra"]["r2"] >= 0.95
-        assert cluster.software.exchange_us > 0
+        assert all(cost.token_us > 0 for cost in cluster.software.exchanges.values())
     assert said[0] == "measuring messages: empty"
-    assert said[-1] == "measuring packing and fixed costs"
+    assert said[-1] == "measuring exchanges: allgather"

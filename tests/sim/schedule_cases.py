@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import strategies as st
 from simcases import Case, cases, linear_plan, random_experts, tiny_model
 
-from placer.core.cluster import ClusterSpec, LinkClass, Software
+from placer.core.cluster import ClusterSpec, ExchangeCost, LinkClass, Software
 from placer.core.evaluate import window_index
-from placer.core.modes import DispatchMode
+from placer.core.modes import DISPATCH_MODES, DispatchMode
 from placer.core.schedule import SCHEDULED_MODES, Rounds, Schedule
 from placer.core.timeline import Timeline
 from sim.traffic import Work, work_of
@@ -67,8 +67,12 @@ def priced_clusters(draw: st.DrawFn, cluster: ClusterSpec) -> ClusterSpec:
 
     software = Software(
         layer_us=draw(st.sampled_from([0.0, 0.7])),
-        exchange_us=draw(st.sampled_from([0.0, 0.31])),
-        permute_gbytes_per_s=draw(st.sampled_from([None, 2.3])),
+        exchanges={
+            mode: ExchangeCost(
+                fixed_us=draw(st.sampled_from([0.0, 0.31])), token_us=draw(st.sampled_from([0.0, 0.023]))
+            )
+            for mode in draw(st.sets(st.sampled_from(DISPATCH_MODES)))
+        },
         shared_cores=draw(st.sampled_from([None, 1, 3])),
     )
     links = {"intra": tailed(cluster.intra), "inter": tailed(cluster.inter), "uplink": tailed(cluster.uplink)}

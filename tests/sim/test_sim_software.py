@@ -9,7 +9,7 @@ from schedule_cases import priced_clusters
 from simcases import Case, alike_case, cases, clusters, tiny_cluster
 from test_sim_by_hand import run, spans
 
-from placer.core.cluster import LinkClass, Software
+from placer.core.cluster import ExchangeCost, LinkClass, Software
 from placer.core.cost import closed_form_ns
 from placer.core.evaluate import iterate_layers, window_index
 from placer.core.schedule import Rounds, Schedule
@@ -33,12 +33,13 @@ def test_port_is_the_closed_form_with_software_and_tails(data: st.DataObject, ca
 
 
 def test_software_by_hand() -> None:
-    """Rank 0's token goes to rank 1 and back: each exchange costs 100 ns and each copy moved 500, each layer 1000."""
-    software = Software(layer_us=1.0, exchange_us=0.1, permute_gbytes_per_s=2.0)
+    """Rank 0's token goes to rank 1 and back: each exchange costs 100 ns and each own token 500, each layer 1000."""
+    software = Software(layer_us=1.0, exchanges={"per_rank": ExchangeCost(fixed_us=0.1, token_us=0.5)})
     cluster = dataclasses.replace(tiny_cluster(1, 2), software=software)
-    for fidelity in ("port", "phase"):
+    # on the way back rank 1, which has no token of its own, is ready to send after 100: port lets it wait for rank 0
+    for fidelity, back in (("port", 600), ("phase", 100)):
         timeline = run(cluster, [[1]], [0], fidelity)
-        assert timeline.iteration_ns().tolist() == [1000 + (600 + 1000) + 2000 + (600 + 1000)]
+        assert timeline.iteration_ns().tolist() == [1000 + (600 + 1000) + 2000 + (back + 1000)]
         at = spans(timeline)
         assert at[0, "attention", 0] == at[0, "attention", 1] == (0, 1000)
         assert at[0, "dispatch", 1] == (1000, 2600)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simcases import Case, cases, linear_plan, tiny_cluster, tiny_model
 
-from placer.core.cluster import Software
+from placer.core.cluster import ExchangeCost, Software
 from placer.core.errors import MismatchError
 from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode, ReplicaChoice
 from placer.core.schedule import Schedule
@@ -17,7 +17,11 @@ from sim.serving import Batch, PlanPricer, Price
 from sim.stages import stages_of
 from sim.traffic import Work, work_of
 
-SOFTWARE = Software(layer_us=1.3, exchange_us=0.7, permute_gbytes_per_s=2.1, shared_cores=2)
+SOFTWARE = Software(
+    layer_us=1.3,
+    exchanges={mode: ExchangeCost(fixed_us=0.7, token_us=0.021) for mode in DISPATCH_MODES},
+    shared_cores=2,
+)
 
 
 def priced(case: Case, mode: DispatchMode, kind: str = "decode") -> Price:

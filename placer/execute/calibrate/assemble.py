@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.core.cluster import ClusterSpec, Compute, LinkClass, Software
+from placer.core.cluster import ClusterSpec, Compute, ExchangeCost, LinkClass, Software
 from placer.core.cost import leg_times
+from placer.core.dispatch import layer_traffic
 from placer.core.errors import ExecutionError
-from placer.execute.calibrate.fit import LinkFit, Quality, fit_experts, fit_link, fit_tail
+from placer.core.modes import DISPATCH_MODES, DispatchMode
+from placer.core.replicas import layer_slots
+from placer.execute.calibrate.fit import LinkFit, Quality, fit_experts, fit_line, fit_link, fit_tail
 from placer.execute.calibrate.job import CalibrationJob
-from placer.execute.job import ExecutionMode
 
-__all__ = ["MODES", "Calibration", "assemble", "expert_cases", "packing_tokens"]
+__all__ = ["Calibration", "assemble", "exchange_tokens", "expert_cases"]
 
 Samples = Mapping[str, npt.NDArray[Any]]
-MODES: tuple[ExecutionMode, ...] = ("per_expert", "per_rank")
 TRIMMED = 0.1
 DIGITS = 4
 
@@ -40,14 +41,18 @@ def expert_cases(job: CalibrationJob) -> list[tuple[int, int]]:
     return [(experts, rows) for experts in numbers for rows in job.rows]
 
 
-def packing_tokens(job: CalibrationJob) -> list[int]:
-    """Tokens of each rank when packing is measured: a quarter of an iteration's to twice as many."""
-    return [job.tokens_per_rank // 4, job.tokens_per_rank // 2, job.tokens_per_rank, 2 * job.tokens_per_rank]
+def exchange_tokens(job: CalibrationJob) -> list[int]:
+    """Tokens of each rank when exchanges are measured: a quarter of an iteration's to twice as many."""
+    quarter = job.tokens_per_rank // 4
+    return [quarter, 2 * quarter, 4 * quarter, 6 * quarter, 8 * quarter]
 
 
-def assemble(job: CalibrationJob, launches: Sequence[Samples], name: str) -> Calibration:
+def assemble(
+    job: CalibrationJob, launches: Sequence[Samples], name: str, *, software_links: bool = True
+) -> Calibration:
     """The cluster that the samples of one or more launches give.
 
+    `software_links`: exchanges were measured on the same links as messages.
     Raises ExecutionError, with the numbers, where a fit is none.
     """
     about: dict[str, Any] = {key: str(launches[0][f"about/{key}"]) for key in ("backend", "device", "torch")}
@@ -84,7 +89,9 @@ def assemble(job: CalibrationJob, launches: Sequence[Samples], name: str) -> Cal
         if f"link/{pattern}" in launches[0]:
             cluster, about[f"{kinds[0]}_tail"] = _with_tail(job, launches, cluster, kinds, pattern, empty_ns)
     waiting = 1.0 if shared is None else max(1.0, job.num_ranks / shared)
-    software, about["packing"] = _software(job, launches, cluster, waiting)
+    # where software was measured beside unshaped links, those inside a node are the nearest thing known of them
+    near = cluster if software_links else replace(cluster, inter=cluster.intra, uplink=None)
+    software, about["exchanges"] = _software(job, launches, near, waiting)
     return Calibration(replace(cluster, software=replace(software, shared_cores=shared)), about)
 
 
@@ -176,31 +183,35 @@ def _experts(job: CalibrationJob, launches: Sequence[Samples]) -> tuple[Compute,
 def _software(
     job: CalibrationJob, launches: Sequence[Samples], cluster: ClusterSpec, waiting: float
 ) -> tuple[Software, dict[str, Any]]:
-    """Fixed costs and the rate of packing; `waiting` is how much longer work takes where ranks share cores."""
-    time_JIN = np.concatenate([_stack(launches, f"packing/{mode}") for mode in MODES], axis=2)
-    # dispatch and combine both pack what one of them sends and unpack what it receives
-    bytes_N = np.concatenate([launches[0][f"moved/{mode}"] for mode in MODES]) * (2 * job.row_bytes)
-    rates, offsets = [], []
-    quality: list[Quality] = []
-    for part in np.split(np.arange(len(bytes_N)), len(MODES)):
-        fit = fit_link("packing", bytes_N[part], time_JIN[:, :, part])
-        rates.append(fit.gbytes_per_s)
-        offsets.append(fit.alpha_ns)
-        quality.append(fit.quality)
-    few_ns = np.median([np.median(_stack(launches, f"few/{mode}")) for mode in MODES])
-    to_next_RR = np.roll(np.eye(job.num_ranks, dtype=np.int64), 1, axis=1)
-    leg_ns = int(leg_times(cluster, to_next_RR[None], job.row_bytes).slowest_W[0])
+    """Costs of a layer and, by mode, of an exchange; `waiting`: how much longer work takes where ranks share cores."""
+    tokens_N = np.array(exchange_tokens(job), dtype=np.float64)
+    exchanges: dict[str, ExchangeCost] = {}
+    about: dict[str, Any] = {}
+    for mode in DISPATCH_MODES:
+        # a dispatch and a combine, without what their messages take on links
+        links_N = np.array([_links_ns(job, cluster, mode, count) for count in exchange_tokens(job)])
+        time_JIN = np.maximum(1.0, _stack(launches, f"exchange/{mode}") - links_N) / 2
+        fit = fit_line(f"exchanges under {mode}", tokens_N, time_JIN)
+        exchanges[mode] = ExchangeCost(
+            fixed_us=_short(max(0.0, fit.alpha_ns) / 1e3), token_us=_short(1 / fit.gbytes_per_s / 1e3)
+        )
+        about[mode] = _about(fit.quality) | {
+            "tokens": tokens_N.astype(int).tolist(),
+            "median_us": [_short(value / 1e3) for value in np.median(time_JIN, axis=(0, 1))],
+        }
     layer_ns = float(np.median(_stack(launches, "layer"))) * waiting
-    software = Software(
-        layer_us=_short(layer_ns / 1e3),
-        exchange_us=_short(max(0.0, float(few_ns) / 2 - leg_ns) / 1e3),
-        permute_gbytes_per_s=_short(1 / float(np.mean([1 / rate for rate in rates])) / waiting),
-    )
-    about: dict[str, Any] = {
-        mode: _about(found) | {"gbytes_per_s": _short(rate), "fixed_us": _short(offset / 1e3)}
-        for mode, found, rate, offset in zip(MODES, quality, rates, offsets, strict=True)
-    }
-    return software, about
+    return Software(layer_us=_short(layer_ns / 1e3), exchanges=exchanges), about
+
+
+def _links_ns(job: CalibrationJob, cluster: ClusterSpec, mode: DispatchMode, tokens: int) -> int:
+    """Closed form of the messages of one measured dispatch and combine."""
+    ranks, per_rank = job.num_ranks, job.experts_per_rank
+    slots = layer_slots(np.arange(ranks * per_rank), ranks * per_rank, ranks, job.ranks_per_node)
+    slot_TK = np.concatenate([job.slots_TK(rank, tokens) for rank in range(ranks)])
+    home_T = np.repeat(np.arange(ranks), tokens)
+    traffic, _ = layer_traffic(slots, mode, slot_TK, home_T, np.zeros(len(home_T), dtype=np.int64), 1)
+    legs = (*traffic.legs_WRR, *traffic.returns_WRR)
+    return sum(int(leg_times(cluster, leg_WRR, job.row_bytes).slowest_W[0]) for leg_WRR in legs)
 
 
 def _stack(launches: Sequence[Samples], key: str) -> npt.NDArray[np.float64]:

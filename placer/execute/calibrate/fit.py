@@ -16,7 +16,17 @@ import numpy.typing as npt
 
 from placer.core.errors import ExecutionError
 
-__all__ = ["MAX_RESIDUAL", "MIN_R2", "ExpertFit", "LinkFit", "Quality", "fit_experts", "fit_link", "fit_tail"]
+__all__ = [
+    "MAX_RESIDUAL",
+    "MIN_R2",
+    "ExpertFit",
+    "LinkFit",
+    "Quality",
+    "fit_experts",
+    "fit_line",
+    "fit_link",
+    "fit_tail",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -86,6 +96,22 @@ def fit_link(what: str, bytes_N: npt.ArrayLike, time_JIN: npt.ArrayLike) -> Link
     quality = _quality(time_N, fitted_N, slopes)
     quality.require(what, f"{1e3 / slope:.3g} MB/s")
     return LinkFit(alpha, 1 / slope, burst, quality)
+
+
+def fit_line(what: str, size_N: npt.ArrayLike, time_JIN: npt.ArrayLike) -> LinkFit:
+    """One line through the medians of all sizes, for work that no bucket lets through at once.
+
+    Raises ExecutionError where it is none, or where times do not grow.
+    """
+    size, time_JIN = np.asarray(size_N, dtype=np.float64), np.asarray(time_JIN, dtype=np.float64)
+    alpha, slope, _ = _line(size, np.median(time_JIN.reshape(-1, len(size)), axis=0), 0.0)
+    if not slope > 0:
+        raise ExecutionError(f"calibration of {what} refused: times do not grow with sizes; measure on a quiet machine")
+    slopes = [_line(size, np.median(one_IN, axis=0), 0.0)[1] for one_IN in time_JIN]
+    time_N = np.median(time_JIN.reshape(-1, len(size)), axis=0)
+    quality = _quality(time_N, alpha + size * slope, slopes)
+    quality.require(what, f"{slope:.3g} ns each and {alpha / 1e3:.1f} us")
+    return LinkFit(alpha, 1 / slope, 0.0, quality)
 
 
 def _bucket(size_N: FloatArray, time_N: FloatArray) -> tuple[float, float, float]:

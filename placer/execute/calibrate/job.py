@@ -6,6 +6,7 @@ Legend: R ranks, N sizes.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,13 @@ from placer.core.atomic import write_text_atomically
 from placer.core.errors import UsageError
 from placer.execute.job import BACKENDS, DTYPES, Backend, DType
 
-__all__ = ["CalibrationJob"]
+__all__ = ["CalibrationJob", "Part"]
 
 MOST_WEIGHTS_BYTES = 1 << 28
+
+
+Part = Literal["all", "links", "software"]
+"""What a launch measures. A lab's links are measured shaped, what runs on processors on unshaped ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,7 @@ class CalibrationJob:
     backend: Backend = "auto"
     seed: int = 0
     timeout_s: float = 120.0
+    part: Part = "all"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -137,3 +143,9 @@ class CalibrationJob:
         """Inverts `save`."""
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(**data | {name: tuple(data[name]) for name in ("message_bytes", "rows")})
+
+    def slots_TK(self, rank: int, tokens: int) -> npt.NDArray[np.int64]:
+        """Slots of a rank's own tokens when exchanges are measured: even random routing, (T, K)."""
+        rng = np.random.default_rng([self.seed, rank, tokens])
+        slots = self.num_ranks * self.experts_per_rank
+        return rng.random((tokens, slots)).argsort(axis=1)[:, : min(self.top_k, slots)]

@@ -8,7 +8,6 @@ Legend: I repetitions, N cases, R ranks, M = start and end.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from placer.core.modes import DispatchMode
 from placer.execute.calibrate.job import CalibrationJob
-from placer.execute.dispatch import combine, dispatch, exchange
+from placer.execute.dispatch import SHIPMENTS, exchange
+from placer.execute.dispatch.coherent import Coherent
+from placer.execute.dispatch.fabric import Carriage, Fabric
+from placer.execute.dispatch.lanes import Lanes, stamp
+from placer.execute.dispatch.layer import run_layer
+from placer.execute.dispatch.shipment import Shipment
 from placer.execute.experts import ExpertWeights, grouped_ffn
-from placer.execute.job import ExecutionMode
 from placer.execute.reference import attention_stand_in
 
 __all__ = ["IN_A_ROW", "Bench"]
@@ -38,7 +42,13 @@ class Bench:
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[job.dtype]
         self._order = np.random.default_rng(job.seed)
         self._experts = self._make_experts()
+        self._lanes = Lanes(device)
+        self._fabric = Fabric.create(job.ranks_per_node, device)
         self._turn = 0
+
+    def close(self) -> None:
+        """Ends the lanes."""
+        self._lanes.close()
 
     def messages(self, pattern_RR: IntArray, copies_N: Sequence[int]) -> IntArray:
         """Start and end of exchanges in which rank a sends so many rows to every b with pattern_RR[a, b], (I, N, M)."""
@@ -66,47 +76,32 @@ class Bench:
 
         return self._time([case(*one) for one in cases])
 
-    def packing(self, mode: ExecutionMode, tokens: list[int]) -> tuple[IntArray, IntArray]:
-        """Processor time of dispatch and combine together, (I, N), and copies sent to and got from others, (N,).
+    def exchanges(self, mode: DispatchMode, tokens: list[int]) -> IntArray:
+        """Start and end of a layer without experts, dispatch and combine of so many own tokens, (I, N, M)."""
 
-        Of the calling thread only: it sleeps while messages travel, so this is what packing and unpacking cost.
-        """
-        per_rank, ranks = self.job.experts_per_rank, self.job.num_ranks
-        rng = np.random.default_rng([self.job.seed, self.rank])
-        top_k = min(self.job.top_k, ranks * per_rank)
-        inputs, moved_N = [], np.zeros(len(tokens), dtype=np.int64)
-        for count in tokens:
-            slot_TK = torch.from_numpy(rng.random((count, ranks * per_rank)).argsort(axis=1)[:, :top_k].copy())
-            inputs.append(self._routed(slot_TK))
+        def case(count: int) -> Callable[[], object]:
+            slot_TK = torch.from_numpy(self.job.slots_TK(self.rank, count)).to(self.device)
+            x_TH = torch.ones(count, self.job.hidden_size, dtype=self.dtype, device=self.device)
+            weight_TK = torch.full(slot_TK.shape, 1.0 / slot_TK.shape[1], device=self.device)
+            inputs = (self._fabric, Carriage(), x_TH, slot_TK, weight_TK, self.job.experts_per_rank)
+            name_T = torch.arange(count, dtype=torch.int32, device=self.device)
 
-        def run(at: int) -> None:
-            rows_XH, _, metadata = dispatch(*inputs[at], mode=mode, slots_per_rank=per_rank)
-            combine(rows_XH, metadata)
-            moved_N[at] = metadata.sent + metadata.received
+            def run() -> None:
+                if mode == "coherent":
+                    shipment: Shipment = Coherent(*inputs, name_T=name_T, norm=attention_stand_in)
+                else:
+                    shipment = SHIPMENTS[mode](*inputs)
+                run_layer([shipment], lambda rows_XH, rows_P: rows_XH, self._lanes, stamp(self.device))
 
-        return self._time_busy([partial(run, at) for at in range(len(tokens))]), moved_N
+            return run
 
-    def few(self, mode: ExecutionMode) -> IntArray:
-        """Start and end of a dispatch and a combine in which each rank sends one token to one other rank, (I, 1, M)."""
-        slot_TK = torch.full((1, 1), (self.rank + 1) % self.job.num_ranks * self.job.experts_per_rank)
-        inputs = self._routed(slot_TK)
-
-        def run() -> None:
-            rows_XH, _, metadata = dispatch(*inputs, mode=mode, slots_per_rank=self.job.experts_per_rank)
-            combine(rows_XH, metadata)
-
-        return self._time([run])
+        return self._time([case(count) for count in tokens])
 
     def layer(self) -> IntArray:
         """Processor time of what replay does in place of attention, for `tokens_per_rank` tokens, (I, 1)."""
         shape = (self.job.tokens_per_rank, self.job.hidden_size)
         residual_TH, update_TH = (torch.ones(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return self._time_busy([lambda: attention_stand_in(residual_TH + update_TH)])
-
-    def _routed(self, slot_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_TH = torch.ones(len(slot_TK), self.job.hidden_size, dtype=self.dtype, device=self.device)
-        weight_TK = torch.full(slot_TK.shape, 1.0 / slot_TK.shape[1], device=self.device)
-        return x_TH, slot_TK.to(self.device), weight_TK
 
     def _time_busy(self, cases: list[Callable[[], object]]) -> IntArray:
         """Durations (I, N) on this thread's own clock; a device has no other than the wall's."""
