@@ -89,9 +89,8 @@ def assemble(
         if f"link/{pattern}" in launches[0]:
             cluster, about[f"{kinds[0]}_tail"] = _with_tail(job, launches, cluster, kinds, pattern, empty_ns)
     waiting = 1.0 if shared is None else max(1.0, job.num_ranks / shared)
-    # where software was measured beside unshaped links, those inside a node are the nearest thing known of them
-    near = cluster if software_links else replace(cluster, inter=cluster.intra, uplink=None)
-    software, about["exchanges"] = _software(job, launches, near, waiting)
+    # what unshaped links of one machine take is a copy of memory, and counts as software
+    software, about["exchanges"] = _software(job, launches, cluster if software_links else None, waiting)
     return Calibration(replace(cluster, software=replace(software, shared_cores=shared)), about)
 
 
@@ -181,7 +180,7 @@ def _experts(job: CalibrationJob, launches: Sequence[Samples]) -> tuple[Compute,
 
 
 def _software(
-    job: CalibrationJob, launches: Sequence[Samples], cluster: ClusterSpec, waiting: float
+    job: CalibrationJob, launches: Sequence[Samples], cluster: ClusterSpec | None, waiting: float
 ) -> tuple[Software, dict[str, Any]]:
     """Costs of a layer and, by mode, of an exchange; `waiting`: how much longer work takes where ranks share cores."""
     tokens_N = np.array(exchange_tokens(job), dtype=np.float64)
@@ -189,7 +188,7 @@ def _software(
     about: dict[str, Any] = {}
     for mode in DISPATCH_MODES:
         # a dispatch and a combine, without what their messages take on links
-        links_N = np.array([_links_ns(job, cluster, mode, count) for count in exchange_tokens(job)])
+        links_N = np.array([0 if cluster is None else _links_ns(job, cluster, mode, n) for n in exchange_tokens(job)])
         time_JIN = np.maximum(1.0, _stack(launches, f"exchange/{mode}") - links_N) / 2
         fit = fit_line(f"exchanges under {mode}", tokens_N, time_JIN)
         exchanges[mode] = ExchangeCost(

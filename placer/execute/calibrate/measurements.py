@@ -26,12 +26,14 @@ from placer.execute.dispatch.shipment import Shipment
 from placer.execute.experts import ExpertWeights, grouped_ffn
 from placer.execute.reference import attention_stand_in
 
-__all__ = ["IN_A_ROW", "Bench"]
+__all__ = ["IN_A_ROW", "LAYERS", "Bench"]
 
 IntArray = npt.NDArray[np.int64]
 COLD_BYTES = 1 << 26
 IN_A_ROW = 3
 """Feed-forwards after one barrier, which does not let all ranks go at once."""
+LAYERS = 8
+"""Layers after one barrier when exchanges are measured: ranks drift apart as they do in an iteration."""
 
 
 class Bench:
@@ -77,7 +79,7 @@ class Bench:
         return self._time([case(*one) for one in cases])
 
     def exchanges(self, mode: DispatchMode, tokens: list[int]) -> IntArray:
-        """Start and end of a layer without experts, dispatch and combine of so many own tokens, (I, N, M)."""
+        """Start and end of LAYERS layers without experts: dispatch and combine of so many own tokens, (I, N, M)."""
 
         def case(count: int) -> Callable[[], object]:
             slot_TK = torch.from_numpy(self.job.slots_TK(self.rank, count)).to(self.device)
@@ -87,11 +89,12 @@ class Bench:
             name_T = torch.arange(count, dtype=torch.int32, device=self.device)
 
             def run() -> None:
-                if mode == "coherent":
-                    shipment: Shipment = Coherent(*inputs, name_T=name_T, norm=attention_stand_in)
-                else:
-                    shipment = SHIPMENTS[mode](*inputs)
-                run_layer([shipment], lambda rows_XH, rows_P: rows_XH, self._lanes, stamp(self.device))
+                for _ in range(LAYERS):
+                    if mode == "coherent":
+                        shipment: Shipment = Coherent(*inputs, name_T=name_T, norm=attention_stand_in)
+                    else:
+                        shipment = SHIPMENTS[mode](*inputs)
+                    run_layer([shipment], lambda rows_XH, rows_P: rows_XH, self._lanes, stamp(self.device))
 
             return run
 

@@ -16,7 +16,7 @@ from placer.core.errors import ExecutionError, UsageError
 from placer.core.modes import DISPATCH_MODES
 from placer.execute.calibrate.assemble import exchange_tokens, expert_cases
 from placer.execute.calibrate.job import CalibrationJob
-from placer.execute.calibrate.measurements import IN_A_ROW, Bench
+from placer.execute.calibrate.measurements import IN_A_ROW, LAYERS, Bench
 from placer.execute.collect import gather_to_first
 from placer.execute.dispatch import exchange
 from placer.execute.heartbeat import Heartbeat
@@ -114,7 +114,7 @@ def _measure(
         samples["together"] = whole(bench.experts(cases, active=True)) / IN_A_ROW
         for mode in DISPATCH_MODES:
             begin(f"exchanges: {mode}")
-            samples[f"exchange/{mode}"] = last(bench.exchanges(mode, exchange_tokens(job)))
+            samples[f"exchange/{mode}"] = last(bench.exchanges(mode, exchange_tokens(job))) / LAYERS
         samples["layer"] = gathered(bench.layer()).mean(axis=0)[:, 0]
     bench.close()
     return samples
