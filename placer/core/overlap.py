@@ -29,12 +29,14 @@ class ChunkTimes:
                 raise UsageError(f"chunk times: {name} is {getattr(self, name)!r}; give nanoseconds, 0 or more")
 
 
-def fsmoe_case(degree: int, times: ChunkTimes) -> Literal[1, 2, 3, 4]:
+def fsmoe_case(degree: float, times: ChunkTimes) -> Literal[1, 2, 3, 4]:
     """Which of FSMoE's cases applies: 1 network bound, 2 compute bound, 3 all-to-all bound, 4 inside-node bound.
 
-    Reference: FSMoE (arXiv 2501.10714), Q1 to Q7 and their table, as printed. Raises UsageError for a degree below 1.
+    `degree` may be any real number: the paper optimises over those. Raises UsageError for one below 1.
+    Reference: FSMoE (arXiv 2501.10714), Q1 to Q7 and their table, as printed.
     """
-    _check(degree)
+    if isinstance(degree, bool) or not degree >= 1:
+        raise UsageError(f"degree is {degree!r}; give 1 or more")
     a2a, inside = times.a2a_ns, times.gather_ns + times.scatter_ns
     experts, gradient = degree * times.experts_ns, times.gradient_ns
     rest = 2 * (degree - 1) * a2a
@@ -54,7 +56,7 @@ def fsmoe_case(degree: int, times: ChunkTimes) -> Literal[1, 2, 3, 4]:
     return 1 if q6 else 4
 
 
-def fsmoe_time(degree: int, times: ChunkTimes) -> float:
+def fsmoe_time(degree: float, times: ChunkTimes) -> float:
     """The printed closed form of the case that applies, nanoseconds.
 
     Never above `overlap_time`. Equal to it where gather and scatter take equally long, as FSMoE takes for granted;

@@ -150,23 +150,28 @@ def _flows(
 ) -> Iterator[tuple[tuple[int, Event], tuple[int, Event]]]:
     """Arrow tail in the middle of a dispatch span, head in the middle of its combine span, where both are shown.
 
-    No arrow points back in time: a run whose combine began before its dispatch gets none for that layer.
+    The n-th combine of a rank's layer belongs to its n-th dispatch: pipeline chunks keep their order. No arrow points
+    back in time: where a combine's middle is before its dispatch's, there is none.
     """
     shown = timeline.duration_ns > 0
     keys = (timeline.iteration, timeline.layer, timeline.rank)
-    tails: dict[tuple[int, ...], int] = {}
-    for name in ("dispatch", "combine"):
-        for span in np.flatnonzero(shown & (timeline.phase == PHASES.index(name))).tolist():
-            key = tuple(int(column[span]) for column in keys)
-            if name == "dispatch":
-                tails[key] = span
-            elif key in tails and timeline.start_ns[span] >= timeline.start_ns[tails[key]]:
-                ends = []
-                for phase, at in (("s", tails[key]), ("f", span)):
-                    time_ns = int(timeline.start_ns[at] + timeline.duration_ns[at] // 2)
-                    event = {"ph": phase, "pid": process, "tid": int(lane_I[at]), "name": "tokens", "cat": "tokens"}
-                    ends.append((time_ns, {**event, "ts": _us(time_ns), **({"bp": "e"} if phase == "f" else {})}))
-                yield ends[0], ends[1]
+    middle_I = timeline.start_ns + timeline.duration_ns // 2
+    tails: dict[tuple[int, ...], list[int]] = {}
+    for span in np.flatnonzero(shown & (timeline.phase == PHASES.index("dispatch"))).tolist():
+        tails.setdefault(tuple(int(column[span]) for column in keys), []).append(span)
+    for span in np.flatnonzero(shown & (timeline.phase == PHASES.index("combine"))).tolist():
+        waiting = tails.get(tuple(int(column[span]) for column in keys))
+        if not waiting:
+            continue
+        tail = waiting.pop(0)
+        if middle_I[tail] > middle_I[span]:
+            continue
+        ends = []
+        for phase, at in (("s", tail), ("f", span)):
+            time_ns = int(middle_I[at])
+            event = {"ph": phase, "pid": process, "tid": int(lane_I[at]), "name": "tokens", "cat": "tokens"}
+            ends.append((time_ns, {**event, "ts": _us(time_ns), **({"bp": "e"} if phase == "f" else {})}))
+        yield ends[0], ends[1]
 
 
 def _us(time_ns: int) -> float:

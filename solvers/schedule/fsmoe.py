@@ -11,7 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["ChunkTime", "DegreeChoice", "LayerTimes", "algorithm_1", "best_degree", "fsmoe_regime", "fsmoe_time"]
+from placer.core.overlap import ChunkTimes, fsmoe_case, fsmoe_time
+
+__all__ = ["ChunkTime", "DegreeChoice", "LayerTimes", "algorithm_1", "best_degree"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,19 @@ class LayerTimes:
     rs: ChunkTime
     exp: ChunkTime
 
-    def at(self, degree: float) -> tuple[float, float, float, float]:
-        """Chunk times of a2a, ag, rs, exp."""
-        return self.a2a.at(degree), self.ag.at(degree), self.rs.at(degree), self.exp.at(degree)
+    def at(self, degree: float, gradient_ns: float = 0.0) -> ChunkTimes:
+        """What each of so many chunks takes."""
+        return ChunkTimes(
+            a2a_ns=self.a2a.at(degree),
+            gather_ns=self.ag.at(degree),
+            scatter_ns=self.rs.at(degree),
+            experts_ns=self.exp.at(degree),
+            gradient_ns=gradient_ns,
+        )
+
+    def time_ns(self, degree: float, gradient_ns: float = 0.0) -> float:
+        """The layer in so many chunks, by the paper's printed forms."""
+        return fsmoe_time(degree, self.at(degree, gradient_ns))
 
     def backward(self) -> "LayerTimes":
         """The same layer going back: each expert GEMM becomes two."""
@@ -53,36 +65,9 @@ class DegreeChoice:
     real_degree: float
 
 
-def fsmoe_regime(degree: float, t_a2a: float, t_ag: float, t_rs: float, t_exp: float, t_gar: float = 0.0) -> int:
-    """Which of the paper's four cases holds: 1 network, 2 experts, 3 A2A, 4 links inside the node."""
-    inside, computed, between = t_ag + t_rs, degree * t_exp, 2 * (degree - 1) * t_a2a
-    compute_bound = t_gar <= computed - between + inside
-    if t_a2a > t_ag:
-        if computed > between:
-            return 2 if compute_bound else 1
-        return 1 if t_gar > inside else 3
-    if computed > (degree - 1) * inside:
-        return 2 if compute_bound else 1
-    return 1 if t_gar > degree * inside - between else 4
-
-
-def fsmoe_time(degree: float, t_a2a: float, t_ag: float, t_rs: float, t_exp: float, t_gar: float = 0.0) -> float:
-    """Time of an MoE layer in `degree` chunks whose operations take the given times each."""
-    case = fsmoe_regime(degree, t_a2a, t_ag, t_rs, t_exp, t_gar)
-    return _case_ns(case, degree, t_a2a, t_ag + t_rs, t_exp, t_gar)
-
-
-def _case_ns(case: int, degree: float, t_a2a: float, inside: float, t_exp: float, t_gar: float) -> float:
-    if case == 1:
-        return 2 * degree * t_a2a + t_gar
-    if case == 2:
-        return 2 * t_a2a + inside + degree * t_exp
-    return 2 * degree * t_a2a + inside if case == 3 else 2 * t_a2a + degree * inside
-
-
 def best_degree(times: LayerTimes, most: int, t_gar: float = 0.0) -> DegreeChoice:
     """The best of 1 .. `most` by trying all; the smallest of equals."""
-    time, degree = min((fsmoe_time(r, *times.at(r), t_gar), r) for r in range(1, most + 1))
+    time, degree = min((times.time_ns(r, t_gar), r) for r in range(1, most + 1))
     return DegreeChoice(degree, time, float(degree))
 
 
@@ -99,13 +84,13 @@ def algorithm_1(times: LayerTimes, most: int, t_gar: float = 0.0) -> DegreeChoic
     ends = _breakpoints(times, float(most), t_gar)
     candidates = set(ends)
     for low, high in pairwise(ends):
-        case = fsmoe_regime((low + high) / 2, *times.at((low + high) / 2), t_gar)
+        case = fsmoe_case((low + high) / 2, times.at((low + high) / 2, t_gar))
         falling, rising = _slopes(case, times)
         if rising > 0 and low < (turn := math.sqrt(falling / rising)) < high:
             candidates.add(turn)
-    _, real = min((fsmoe_time(r, *times.at(r), t_gar), r) for r in candidates)
+    _, real = min((times.time_ns(r, t_gar), r) for r in candidates)
     whole = {min(most, max(1, rounded(at))) for at in candidates for rounded in (math.floor, math.ceil)}
-    time, degree = min((fsmoe_time(r, *times.at(r), t_gar), r) for r in whole)
+    time, degree = min((times.time_ns(r, t_gar), r) for r in whole)
     return DegreeChoice(degree, time, real)
 
 

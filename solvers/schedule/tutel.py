@@ -14,8 +14,8 @@ from functools import partial
 from placer.core.cluster import ClusterSpec, LinkClass
 from placer.core.collectives import linear_all_to_all_ns, two_dimensional_all_to_all_ns
 from placer.core.errors import UsageError
+from placer.core.overlap import ChunkTimes, fsmoe_time
 from placer.core.schedule import Algorithm
-from solvers.schedule.fsmoe import fsmoe_time
 
 __all__ = ["DEGREES", "WINDOW", "FlexLayer", "Triple", "best_triple", "most_trials", "tutel_dictionary", "valid_r"]
 
@@ -66,7 +66,8 @@ class FlexLayer:
         gathered = (group - 1) * self._step_ns(group, shard)
         message = math.ceil(r * capacity * self.num_experts * self.copy_bytes / ranks / degree)
         form = linear_all_to_all_ns if algorithm == "linear" else two_dimensional_all_to_all_ns
-        return gathered + fsmoe_time(degree, form(self.cluster, message), 0.0, 0.0, experts)
+        chunk = ChunkTimes(a2a_ns=form(self.cluster, message), gather_ns=0.0, scatter_ns=0.0, experts_ns=experts)
+        return gathered + fsmoe_time(degree, chunk)
 
     def _step_ns(self, group: int, size: float) -> float:
         """One step of a ring over `group` neighbouring ranks."""

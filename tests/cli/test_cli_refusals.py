@@ -41,7 +41,7 @@ LONG = "x" * 300
         (3, ("solve", "nowhere", *CLUSTER), "nowhere: does not exist"),
         (3, ("solve", LONG, *CLUSTER), "File name too long"),
         (3, ("solve", "folder", *CLUSTER), "folder: holds no .pt files"),
-        (2, (*SIMULATE, "--fidelity", "flow"), "fidelity is 'flow'; use one of port, phase"),
+        (2, (*SIMULATE, "--fidelity", "fluid"), "fidelity is 'fluid'; use one of port, phase, flow"),
         (2, (*SIMULATE, "--mode", "flood"), "mode is 'flood'"),
         (2, (*SIMULATE, "--iterations", "0"), "iterations is 0"),
         (2, (*SIMULATE, "--iterations", "-1"), "iterations is -1"),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from choosing_cases import cluster_of, clusters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import cluster_of, clusters
 
 from placer.core import collectives
 from placer.core.cluster import ClusterSpec

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers.schedule.fsmoe import ChunkTime, LayerTimes, algorithm_1, best_degree, fsmoe_time
+from solvers.schedule.fsmoe import ChunkTime, LayerTimes, algorithm_1, best_degree
 
 MOST = 32
 ALPHAS = st.integers(0, 300)
@@ -20,26 +20,27 @@ def test_algorithm_1_is_as_fast_as_brute_force_forward_and_backward(times: Layer
     for way in (times, times.backward()):
         found, brute = algorithm_1(way, MOST, gar), best_degree(way, MOST, gar)
         assert found.time_ns == pytest.approx(brute.time_ns, rel=1e-9, abs=1e-6)
-        assert found.time_ns == fsmoe_time(found.degree, *way.at(found.degree), gar)
+        assert found.time_ns == way.time_ns(found.degree, gar)
 
 
 @settings(max_examples=100, deadline=None)
 @given(times=layers, gar=st.sampled_from([0.0, 500.0, 20_000.0]), degree=st.integers(1, MOST))
 def test_with_equal_collectives_inside_the_time_is_the_largest_case(times: LayerTimes, gar: float, degree: int) -> None:
     times = LayerTimes(times.a2a, times.ag, times.ag, times.exp)
-    a2a, ag, rs, exp = times.at(degree)
+    chunk = times.at(degree)
+    a2a, ag, rs, exp = chunk.a2a_ns, chunk.gather_ns, chunk.scatter_ns, chunk.experts_ns
     cases = (
         2 * degree * a2a + gar,
         2 * a2a + ag + rs + degree * exp,
         2 * degree * a2a + ag + rs,
         2 * a2a + degree * (ag + rs),
     )
-    assert fsmoe_time(degree, a2a, ag, rs, exp, gar) == pytest.approx(max(cases), rel=1e-9, abs=1e-6)
+    assert times.time_ns(degree, gar) == pytest.approx(max(cases), rel=1e-9, abs=1e-6)
     # so the best real degree is no slower than any degree
     found = algorithm_1(times, MOST, gar)
-    real = fsmoe_time(found.real_degree, *times.at(found.real_degree), gar)
+    real = times.time_ns(found.real_degree, gar)
     for other in np.linspace(1, MOST, 100):
-        assert real <= fsmoe_time(other, *times.at(other), gar) * (1 + 1e-9) + 1e-6
+        assert real <= times.time_ns(other, gar) * (1 + 1e-9) + 1e-6
 
 
 def test_forward_and_backward_often_differ() -> None:

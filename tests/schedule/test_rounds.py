@@ -4,9 +4,9 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from choosing_cases import cluster_of, clusters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import cluster_of, clusters
 
 from placer.core.cluster import ClusterSpec
 from placer.core.cost import leg_times

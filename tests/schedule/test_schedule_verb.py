@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from schedule_cases import cluster_of
+from choosing_cases import cluster_of
 
 from placer.cli import main
 from placer.config.settings import ScheduleSettings

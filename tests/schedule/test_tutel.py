@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from choosing_cases import cluster_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import cluster_of
 
 from placer.core.errors import UsageError
 from solvers.schedule.tutel import (

@@ -29,7 +29,7 @@ def call(**change: object) -> object:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"fidelity": "flow"}, UsageError, "fidelity is 'flow'; use one of port, phase"),
+        ({"fidelity": "fluid"}, UsageError, "fidelity is 'fluid'; use one of port, phase, flow"),
         ({"mode": "broadcast"}, UsageError, "mode is 'broadcast'"),
         ({"batch_tokens": 0}, UsageError, "batch_tokens is 0"),
         ({"iterations": 0}, UsageError, "iterations is 0"),
