@@ -18,7 +18,7 @@ from solvers.affinity.homes import assign_homes
 from solvers.ranks import relabel_ranks
 from traces.trace import RoutingTrace
 
-__all__ = ["Combination", "Halves", "combinations", "mixed", "planted", "resized"]
+__all__ = ["Combination", "Halves", "at_home", "combinations", "mixed", "planted", "resized"]
 
 SLACK = 0.05
 MAX_PAR = 1.10
@@ -33,6 +33,12 @@ class Combination:
     homes: str
     plan: Plan
     source_T: np.ndarray
+
+    @classmethod
+    def of(cls, plan: Plan, placement: str, mode: str, homes: str, source_T: np.ndarray) -> "Combination":
+        """The plan run under `mode`, whatever it was solved for."""
+        mode_: DispatchMode = mode  # type: ignore[assignment] # the examples' own lists
+        return cls(placement=placement, mode=mode_, homes=homes, plan=replace(plan, mode=mode_), source_T=source_T)
 
     @property
     def name(self) -> str:
@@ -117,15 +123,12 @@ def combinations(halves: Halves, cluster: ClusterSpec, seconds: float, seed: int
         wanted += [(name, mode) for name in ("eplb", "random") for mode in ("per_expert", "per_rank", "coherent")]
     # with one rank a node, per_node is per_rank
     wanted = [(name, mode) for name, mode in wanted if mode != "per_node" or cluster.ranks_per_node > 1]
-    found = [_combination(placements[name], name, mode, "dealt", dealt_T) for name, mode in wanted]
-    local, home_T = _at_home(placements["affinity"], train, test)
-    found += [_combination(local, "affinity", mode, "local", home_T) for mode in ("per_expert", "per_rank", "coherent")]
+    found = [Combination.of(placements[name], name, mode, "dealt", dealt_T) for name, mode in wanted]
+    local, home_T = at_home(placements["affinity"], train, test)
+    found += [
+        Combination.of(local, "affinity", mode, "local", home_T) for mode in ("per_expert", "per_rank", "coherent")
+    ]
     return found
-
-
-def _combination(plan: Plan, name: str, mode: str, homes: str, source_T: np.ndarray) -> Combination:
-    mode_: DispatchMode = mode  # type: ignore[assignment] # listed above
-    return Combination(placement=name, mode=mode_, homes=homes, plan=replace(plan, mode=mode_), source_T=source_T)
 
 
 def _random(plan: Plan, seed: int) -> Plan:
@@ -134,7 +137,7 @@ def _random(plan: Plan, seed: int) -> Plan:
     return replace(plan, slot_expert_LP=canonical_slots(slot_expert_LP, plan.num_ranks), solver="random")
 
 
-def _at_home(plan: Plan, train: RoutingTrace, test: RoutingTrace) -> tuple[Plan, np.ndarray]:
+def at_home(plan: Plan, train: RoutingTrace, test: RoutingTrace) -> tuple[Plan, np.ndarray]:
     """The plan with ranks labelled for homes, and every request on the rank that it touches most, balanced.
 
     Homes know the judged requests' own routing: what the runtime does is the question here, not a predictor.

@@ -49,7 +49,9 @@ def halves_of(name: str, ranks: int, seed: int) -> Halves:
     return Halves(name=name, train=resized(train, HIDDEN, INNER), test=resized(test, HIDDEN, INNER))
 
 
-def predicted_us(one: Combination, halves: Halves, cluster: ClusterSpec) -> dict[str, float]:
+def predicted_us(
+    one: Combination, halves: Halves, cluster: ClusterSpec, batch_tokens: int = TOKENS
+) -> dict[str, float]:
     """Median iteration at every fidelity, before anything of the group is measured."""
     model, tokens_LTK = halves.test.model, halves.test.expert_LTK
     extra = metadata_bytes(one.mode, tokens_LTK.shape[2])
@@ -63,7 +65,7 @@ def predicted_us(one: Combination, halves: Halves, cluster: ClusterSpec) -> dict
             one.source_T,
             fidelity=fidelity,
             mode=one.mode,
-            batch_tokens=TOKENS,
+            batch_tokens=batch_tokens,
             metadata_bytes=extra,
         )
         found[fidelity] = float(np.median(timeline.iteration_ns())) / 1e3

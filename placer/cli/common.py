@@ -44,7 +44,7 @@ ClusterFlag = Annotated[
     ),
 ]
 ConfigFlag = Annotated[
-    Path | None, typer.Option("--config", help="YAML with sections profile, solve, run and calibrate.")
+    Path | None, typer.Option("--config", help="YAML with sections profile, solve, run, schedule and calibrate.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 ModelFlag = Annotated[

@@ -1,5 +1,6 @@
 """`placer simulate`, `run` and `compare`: a plan's predicted and measured Timelines."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,6 @@ __all__ = ["register"]
 ChromeFlag = Annotated[
     Path | None, typer.Option("--chrome", help="Also write a Chrome trace (open it in Perfetto or chrome://tracing).")
 ]
-TraceFlag = Annotated[Path, typer.Option("--trace", help="The routed tokens to send through the plan.")]
 KindFlag = Annotated[
     str,
     typer.Option("--for", help="prefill or decode: which of the plan's two schedules holds (see `placer schedule`)."),
@@ -114,11 +114,18 @@ def simulate(
 def run(
     plan: PlanArgument,
     output: OutFlag,
-    trace: TraceFlag,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Replay these routed tokens; not with --text.")] = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="Folder of a checkpoint whose expert weights to use; else random ones."),
+        typer.Option(
+            "--model",
+            help="Checkpoint folder: with --trace its experts are used (else random ones), with --text it generates.",
+        ),
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Generate from these prompts, one a line, with the whole model.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt of --text.")] = 32,
     ranks: Annotated[int | None, typer.Option(help="Processes to start; must be the plan's number of ranks.")] = None,
     mode: ModeFlag = None,
     kind: KindFlag = "prefill",
@@ -141,17 +148,42 @@ def run(
     config: ConfigFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measures the plan on real torch.distributed ranks of this machine (NCCL on GPUs, gloo on CPUs)."""
+    """Measures the plan on real torch.distributed ranks of this machine (NCCL on GPUs, gloo on CPUs).
+
+    With --trace, routed tokens are replayed: any dispatch mode, schedule and model shape. With --model and --text the
+    Hugging Face model generates greedily, attention included; the Timeline's `about` has the tokens.
+    """
+    if (trace is None) == (text is None) or (text is not None and model is None):
+        raise UsageError("run needs either --trace TRACE, or --model DIR with --text FILE; see --help")
+    if text is not None and (baseline is not None or cluster is not None or kind != "prefill"):
+        raise UsageError("--baseline, --cluster and --for go with --trace; generation has prefill and decode steps")
     from placer.config import load_cluster, load_settings
     from placer.core.plan import Plan
-    from placer.pipeline import measure
+    from placer.pipeline import generate, measure, read_prompts
     from placer.report.paired import paired_ratio
 
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
-    require_distinct(output, chrome, inputs=(plan, trace))
+    require_distinct(output, chrome, inputs=tuple(path for path in (plan, trace, text) if path is not None))
     settings = load_settings(config)
+    if trace is None:
+        assert model is not None
+        assert text is not None
+        timeline, completions, warnings = generate(
+            Plan.load(plan),
+            model,
+            read_prompts(text),
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            ranks=ranks,
+            settings=settings.run,
+            lab=lab,
+            progress=status_line,
+        )
+        warn(warnings)
+        said = [f"rank {one.rank}: {one.text!r}" for one in completions]
+        return _finish([timeline], ["measured"], output, chrome, as_json, lines=said)
     measured = measure(
         Plan.load(plan),
         read_source(trace, None, tokens=True),
@@ -203,6 +235,7 @@ def _finish(
     chrome: Path | None,
     as_json: bool,
     ratios: "dict[str, PairedRatio] | None" = None,
+    lines: Sequence[str] = (),
 ) -> None:
     from placer.report.chrome import write_chrome_trace
     from placer.report.compare import compare as compare_timelines
@@ -222,11 +255,11 @@ def _finish(
     }
     data["timelines"] = [asdict(summary) for summary in comparison.timelines]
     data["errors"] = [asdict(error) for error in comparison.errors]
-    lines = [f"{name}: {ratio} against the baseline" for name, ratio in (ratios or {}).items()]
+    said = [*lines, *(f"{name}: {ratio} against the baseline" for name, ratio in (ratios or {}).items())]
     if ratios:
         data["baseline_ratio"] = {name: asdict(ratio) for name, ratio in ratios.items()}
-    lines += [f"wrote {path}" for path in [*written, *([chrome] if chrome else [])]]
-    emit(as_json, data, comparison_tables(comparison), tuple(lines))
+    said += [f"wrote {path}" for path in [*written, *([chrome] if chrome else [])]]
+    emit(as_json, data, comparison_tables(comparison), tuple(said))
 
 
 def register(app: typer.Typer) -> None:

@@ -5,8 +5,10 @@ RoutingTrace -> Profile -> PlacementProblem -> SolveResult -> Plan -> check, sim
 
 from placer.pipeline.calibrating import calibrate_cluster
 from placer.pipeline.checking import CheckReport, check_plan
+from placer.pipeline.generating import Completion, generate, read_prompts
 from placer.pipeline.planning import BASELINES, DEFAULT_CAP, Solved, judge, make_plan, solve
 from placer.pipeline.proving import Proof, certificate_of, prove, stored_certificate
+from placer.pipeline.scheduling import ScheduledKind, schedule_plan
 from placer.pipeline.sources import model_of_plan, open_source, open_trace, profile_of, sources_of, warn_mismatch
 from placer.pipeline.timelines import Measured, measure, predict
 
@@ -14,12 +16,15 @@ __all__ = [
     "BASELINES",
     "DEFAULT_CAP",
     "CheckReport",
+    "Completion",
     "Measured",
     "Proof",
+    "ScheduledKind",
     "Solved",
     "calibrate_cluster",
     "certificate_of",
     "check_plan",
+    "generate",
     "judge",
     "make_plan",
     "measure",
@@ -29,6 +34,8 @@ __all__ = [
     "predict",
     "profile_of",
     "prove",
+    "read_prompts",
+    "schedule_plan",
     "solve",
     "sources_of",
     "stored_certificate",

@@ -1,15 +1,20 @@
 """A real model generates under a plan: prompts in, tokens and a measured Timeline out."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from placer.config.settings import RunSettings
 from placer.core.errors import InputFileError, UsageError
 from placer.core.plan import Plan
 from placer.core.timeline import Timeline
-from placer.execute.launch import Host
+from placer.pipeline.timelines import lab_of
 from traces.hf_config import model_from_hf_config
+
+if TYPE_CHECKING:
+    from placer.execute.launch import Host
 
 __all__ = ["Completion", "generate", "read_prompts"]
 
@@ -35,16 +40,16 @@ def generate(
     rank_Q: Sequence[int] | None = None,
     settings: RunSettings | None = None,
     record_path: Path | None = None,
-    realtime: bool = False,
-    hosts: Sequence[Host] = (),
+    lab: str | None = None,
+    hosts: "Sequence[Host]" = (),
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Timeline, list[Completion], list[str]]:
     """The measured Timeline of greedy generation on the plan's ranks, what each prompt got, and warnings.
 
     `prompts` are texts, for which the checkpoint needs a tokenizer, or token ids. `ranks` must be the plan's where
-    given; `rank_Q` says where each request's attention runs (None: `source_ranks`). Of `settings`, dtype, warmup and
-    timeout_s count. `record_path` gets the routing of all steps as a trace. `realtime` asks for real-time priority
-    (root only); ranks run on `hosts`, without any on this machine.
+    given; `rank_Q` says where each request's attention runs (None: `source_ranks`). Of `settings`, dtype, warmup,
+    realtime and timeout_s count. `record_path` gets the routing of all steps as a trace. Ranks run on this machine,
+    on `hosts`, or in a `lab` of the plan's shape, such as 2x2@200mbit (needs root).
 
     Raises DependencyError without torch or transformers, UsageError for no prompts or a mode that cannot generate,
     MismatchError for the plan of another model, InputFileError for a checkpoint that lacks something, ExecutionError
@@ -59,6 +64,7 @@ def generate(
         require_transformers,
         unpipelined,
     )
+    from placer.execute.lab import Lab
 
     settings, model_dir = settings or RunSettings(), Path(model_dir)
     if not prompts:
@@ -69,22 +75,24 @@ def generate(
     require_transformers()
     check_model(plan, model_dir)
     prompt_ids = encode(model_dir, texts) if texts else [[int(token) for token in prompt] for prompt in prompts]
-    timeline = generate_tokens(
-        plan,
-        model_dir,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        mode=mode,  # type: ignore[arg-type]  # GenerateJob refuses unknown names
-        rank_Q=rank_Q,
-        num_ranks=ranks,
-        warmup=settings.warmup,
-        dtype=settings.dtype,
-        timeout_s=settings.timeout_s,
-        record_path=record_path,
-        realtime=realtime,
-        hosts=hosts,
-        progress=progress,
-    )
+    spec = lab_of(plan, lab)
+    with nullcontext() if spec is None else Lab.open(spec) as opened:
+        timeline = generate_tokens(
+            plan,
+            model_dir,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            mode=mode,  # type: ignore[arg-type]  # GenerateJob refuses unknown names
+            rank_Q=rank_Q,
+            num_ranks=ranks,
+            warmup=settings.warmup,
+            dtype=settings.dtype,
+            timeout_s=settings.timeout_s,
+            record_path=record_path,
+            realtime=settings.realtime,
+            hosts=hosts if opened is None else opened.hosts,
+            progress=progress,
+        )
     generated = timeline.about["generated"]
     said = decode(model_dir, generated) if texts else [None] * len(generated)
     completions = [

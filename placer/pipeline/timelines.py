@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from placer.core.timeline import Timeline
 from placer.pipeline.sources import Progress, sources_of, warn_mismatch
 from traces.trace import RoutingTrace
 
-__all__ = ["Measured", "measure", "predict"]
+if TYPE_CHECKING:
+    from placer.execute.lab import LabSpec
+
+__all__ = ["Measured", "lab_of", "measure", "predict"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ def measure(
     lab        shape of a cluster of namespaces to run in, such as 2x2@200mbit (needs root)
     Raises DependencyError without torch, ExecutionError for a rank that failed, MismatchError for other ranks.
     """
-    from placer.execute.lab import Lab, LabSpec
+    from placer.execute.lab import Lab
     from placer.execute.measure import replay_plans, replayed_model
 
     settings = settings or RunSettings()
@@ -103,12 +107,7 @@ def measure(
         raise UsageError(
             f"the trace has {trace.num_tokens} tokens; run.iterations x run.tokens_per_iteration is {used}; lower them"
         )
-    spec = None if lab is None else LabSpec.parse(lab)
-    if spec is not None and (spec.num_ranks, spec.ranks_per_node) != (plan.num_ranks, plan.ranks_per_node):
-        raise MismatchError(
-            f"the lab {lab} has {spec.num_ranks} ranks, {spec.ranks_per_node} a node; the plan is for "
-            f"{plan.num_ranks}, {plan.ranks_per_node} a node; give a lab of the plan's shape"
-        )
+    spec = lab_of(plan, lab)
     # the baseline keeps its own mode: what it would be without this plan
     modes = [mode] + [None] * (len(plans) - 1)
     source_T = sources_of(trace, plan.num_ranks)
@@ -155,6 +154,19 @@ def measure(
                 metadata_bytes=seen.about["metadata_bytes_per_copy"],
             )
     return Measured(timelines=timelines, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def lab_of(plan: Plan, lab: str | None) -> "LabSpec | None":
+    """The lab described by `lab`, None where there is none. Raises UsageError, MismatchError for another shape."""
+    from placer.execute.lab import LabSpec
+
+    spec = None if lab is None else LabSpec.parse(lab)
+    if spec is not None and (spec.num_ranks, spec.ranks_per_node) != (plan.num_ranks, plan.ranks_per_node):
+        raise MismatchError(
+            f"the lab {lab} has {spec.num_ranks} ranks, {spec.ranks_per_node} a node; the plan is for "
+            f"{plan.num_ranks}, {plan.ranks_per_node} a node; give a lab of the plan's shape"
+        )
+    return spec
 
 
 def _schedule(plan: Plan, kind: str, mode: str | None, warnings: list[str]) -> Schedule | None:

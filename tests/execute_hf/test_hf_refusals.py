@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from placer.config.settings import RunSettings
 from placer.core.errors import (
     DependencyError,
     ExecutionError,
@@ -231,8 +232,9 @@ def test_realtime_goes_to_the_ranks_and_is_refused_in_one_line(
 
     monkeypatch.setattr(measure, "run_ranks", capture)
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    settings = RunSettings(realtime=True)
     with pytest.raises(ExecutionError, match="some hosts"):
-        generate(tiny.make_plan(folder, 2), folder, tiny.PROMPTS, realtime=True, hosts="some hosts")
+        generate(tiny.make_plan(folder, 2), folder, tiny.PROMPTS, settings=settings, hosts="some hosts")
     assert worker.main([str(tmp_path / "job.json")]) == ExecutionError.exit_code
     assert "rank 1: generate.realtime: this machine refuses SCHED_RR" in capsys.readouterr().err
     valid_job().save(tmp_path / "other.json")
