@@ -183,7 +183,8 @@ def run(
         )
         warn(warnings)
         said = [f"rank {one.rank}: {one.text!r}" for one in completions]
-        return _finish([timeline], ["measured"], output, chrome, as_json, lines=said)
+        _finish([timeline], ["measured"], output, chrome, as_json, lines=said)
+        return
     measured = measure(
         Plan.load(plan),
         read_source(trace, None, tokens=True),
