@@ -32,10 +32,10 @@ from sim import FIDELITIES, simulate
 
 LABS = ("2x2@100mbit", "2x2@200mbit", "4x1@100mbit", "4x1@200mbit", "2x2")
 SHIPPED = Path(__file__).parents[1] / "small_moe" / "trace.safetensors"
-HIDDEN, INNER, TOKENS, ROUNDS, SECONDS = 256, 512, 1024, 5, 10.0
+HIDDEN, INNER, TOKENS, ROUNDS, SECONDS = 256, 128, 1024, 4, 10.0
 FIDELITY = FIDELITIES[-1]
 RUN = RunSettings(hidden_size=HIDDEN, moe_intermediate_size=INNER, tokens_per_iteration=TOKENS)
-CALIBRATE = CalibrateSettings(realtime=True, repetitions=15)
+CALIBRATE = CalibrateSettings(realtime=True, repetitions=11)
 
 
 def halves_of(name: str, ranks: int, seed: int) -> Halves:
