@@ -11,6 +11,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("placer", "sim", "solvers", "traces", "examples")
+GATES = ROOT / "examples" / "validation" / "2-core-x86_64" / "gates.json"
+HEADLINE = ROOT / "examples" / "validation" / "2-core-x86_64" / "headline.json"
 REPLICAS = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8_redundant8.json"
 VALIDATION = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8.json"
 
@@ -76,9 +78,56 @@ def replicas() -> str:
     return "\n".join(lines)
 
 
+def gates() -> str:
+    """The committed run of examples/gates/gates.py: the gates, then a line for every group."""
+    data = json.loads(GATES.read_text(encoding="utf-8"))
+    verdict = data["verdict"]
+    word = {name: "pass" if good else "**fail**" for name, good in verdict["passed"].items()}
+    wrong = "; ".join(verdict["wrong_signs"]) or "none"
+    lines = [
+        f"| gate over {verdict['rows']} combinations, fidelity `{data['fidelity']}` | seen | limit | verdict |",
+        "|---|---|---|---|",
+        f"| median error of iteration time | {100 * verdict['median_error']:.1f} % | 10 % | {word['median error']} |",
+        f"| 90th percentile of the error | {100 * verdict['p90_error']:.1f} % | 25 % | {word['p90 error']} |",
+        f"| Kendall tau, pairs apart by more than the noise floor ({100 * verdict['noise']:.1f} %) "
+        f"| {verdict['tau']:.2f} | 0.9 | {word['Kendall tau']} |",
+        f"| Kendall tau, all pairs | {verdict['tau_all']:.2f} | | |",
+        f"| wrong signs of {verdict['resolved']} gains and losses above the noise floor | {len(verdict['wrong_signs'])} "
+        f"({wrong}) | 0 | {word['sign of every resolved gain']} |",
+        "",
+        "| cluster, routing | combinations | median error | largest | tau, apart | A/A, launches | gains measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, group in data["groups"].items():
+        rows = group["rows"]
+        error = [abs(row["predicted_us"] / row["measured_us"] - 1) for row in rows]
+        ratio = [row["ratio"] for row in rows]
+        again = group["again"]
+        lines.append(
+            f"| {name} | {len(rows)} | {100 * np.median(error):.1f} % | {100 * max(error):.1f} % "
+            f"| {verdict['tau_by_group'][name]:.2f} | {again['low']:.3f} to {again['high']:.3f} "
+            f"| {min(ratio):.2f}x to {max(ratio):.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def headline() -> str:
+    """The committed run of examples/gates/headline.py in a sentence."""
+    data = json.loads(HEADLINE.read_text(encoding="utf-8"))
+    seen, said = data["measured"], data["predicted_ratio"]
+    return (
+        f"{data['trace'].removesuffix('.npz')} routing of gpt-oss-20b on {data['lab']}: placer's plan ({data['chosen']}) "
+        f"ran **{seen['median']:.2f} times as fast** as experts by index with standard dispatch (launch medians "
+        f"{seen['low']:.2f} to {seen['high']:.2f}, {seen['launches']} launches, faster in {seen['wins']} of "
+        f"{seen['rounds']} rounds); predicted beforehand: {said['flow']:.2f} (`flow`), {said['phase']:.2f} (`phase`), "
+        f"{said['port']:.2f} (`port`)."
+    )
+
+
 def updated(readme: str) -> str:
     """The README with its blocks filled."""
     blocks = {"demo": demo(), "gptoss": real_trace(), "bounds": bounds(), "replicas": replicas(), "tree": tree()}
+    blocks |= {"gates": gates(), "headline": headline()}
     for name, block in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(start)

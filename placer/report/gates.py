@@ -15,7 +15,7 @@ from placer.report.tables import Cell, DataTable
 __all__ = ["LIMITS", "GateRow", "GateVerdict", "gate_tables", "judge_gates", "kendall_tau"]
 
 LIMITS = {"median error": 0.10, "p90 error": 0.25, "Kendall tau": 0.9}
-"""The first two are most, the last is least."""
+"""The first two are most, the last is least. tau is judged over pairs that the measurement itself can rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,11 @@ class GateRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateVerdict:
-    """What the rows say together; `passed` by gate. Wrong signs are named."""
+    """What the rows say together; `passed` by gate. Wrong signs are named.
+
+    tau       mean over groups of Kendall's tau over pairs whose measured times differ by more than the noise
+    tau_all   the same over all pairs, those included that the measurement cannot tell apart
+    """
 
     rows: int
     noise: float
@@ -63,6 +67,7 @@ class GateVerdict:
     p90_error: float
     tau: float
     tau_by_group: dict[str, float]
+    tau_all: float
     resolved: int
     wrong_signs: tuple[str, ...]
 
@@ -81,13 +86,17 @@ class GateVerdict:
         return {**asdict(self), "wrong_signs": list(self.wrong_signs), "passed": self.passed}
 
 
-def kendall_tau(first_C: Sequence[float], second_C: Sequence[float]) -> float:
+def kendall_tau(first_C: Sequence[float], second_C: Sequence[float], *, noise: float = 0.0) -> float:
     """Kendall's tau-b of two rankings, 1 where they agree, -1 where one is the other reversed; nan if one is constant.
 
+    Pairs whose first values (positive) differ by no more than the share `noise` count as ties and are left out.
     Complexity: O(C^2).
     """
     upper = np.triu_indices(len(first_C), 1)
     first, second = (np.sign(np.subtract.outer(x, x))[upper] for x in (np.asarray(first_C), np.asarray(second_C)))
+    if noise:
+        apart = np.abs(np.subtract.outer(np.log(first_C), np.log(first_C)))[upper] > np.log1p(noise)
+        first, second = first[apart], second[apart]
     weight = np.sqrt(float((first != 0).sum()) * float((second != 0).sum()))
     return float((first * second).sum() / weight) if weight else float("nan")
 
@@ -100,12 +109,11 @@ def judge_gates(rows: Sequence[GateRow], noise: float) -> GateVerdict:
     if not rows:
         raise UsageError("gates: no rows; measure at least one combination")
     error_C = np.abs([row.error for row in rows])
-    groups = list(dict.fromkeys(row.group for row in rows))
-    tau = {}
-    for group in groups:
-        mine = [row for row in rows if row.group == group]
-        if len(mine) > 1:
-            tau[group] = kendall_tau([row.measured_us for row in mine], [row.predicted_us for row in mine])
+    tau, tau_all = {}, {}
+    for group in dict.fromkeys(row.group for row in rows):
+        times = [[row.measured_us for row in rows if row.group == group]]
+        times.append([row.predicted_us for row in rows if row.group == group])
+        tau[group], tau_all[group] = kendall_tau(*times, noise=noise), kendall_tau(*times)
     resolved = [row for row in rows if row.is_resolved(noise)]
     wrong = [row for row in resolved if (row.ratio - 1) * (row.predicted_ratio - 1) <= 0]
     return GateVerdict(
@@ -113,8 +121,9 @@ def judge_gates(rows: Sequence[GateRow], noise: float) -> GateVerdict:
         noise=noise,
         median_error=float(np.median(error_C)),
         p90_error=float(np.quantile(error_C, 0.9)),
-        tau=float(np.mean(list(tau.values()))) if tau else float("nan"),
+        tau=_mean(tau),
         tau_by_group=tau,
+        tau_all=_mean(tau_all),
         resolved=len(resolved),
         wrong_signs=tuple(f"{row.group}: {row.name}" for row in wrong),
     )
@@ -125,7 +134,8 @@ def gate_tables(rows: Sequence[GateRow], verdict: GateVerdict) -> tuple[DataTabl
     limits: list[tuple[Cell, ...]] = [
         ("median error %", 100 * verdict.median_error, "<= 10", _word(verdict, "median error")),
         ("p90 error %", 100 * verdict.p90_error, "<= 25", _word(verdict, "p90 error")),
-        ("Kendall tau, mean of groups", verdict.tau, ">= 0.9", _word(verdict, "Kendall tau")),
+        ("Kendall tau over pairs apart by more than the noise", verdict.tau, ">= 0.9", _word(verdict, "Kendall tau")),
+        ("Kendall tau over all pairs", verdict.tau_all, None, None),
         (
             f"wrong signs of {verdict.resolved} resolved gains",
             len(verdict.wrong_signs),
@@ -173,6 +183,12 @@ def gate_tables(rows: Sequence[GateRow], verdict: GateVerdict) -> tuple[DataTabl
         ]
         tables.append(DataTable(title=group, columns=columns, rows=tuple(lines)))
     return tuple(tables)
+
+
+def _mean(by_group: dict[str, float]) -> float:
+    """Of the groups that can be ranked at all."""
+    known = [value for value in by_group.values() if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _word(verdict: GateVerdict, gate: str) -> str:

@@ -76,6 +76,14 @@ def test_tau_counts_pairs(pairs: list[tuple[int, int]]) -> None:
     assert (np.isnan(tau) and weight == 0) or tau == pytest.approx(agree / weight)
 
 
+def test_pairs_that_the_noise_covers_are_not_ranked() -> None:
+    measured, predicted = [100.0, 101.0, 150.0, 200.0], [101.0, 100.0, 155.0, 190.0]
+    assert kendall_tau(measured, predicted) == pytest.approx(4 / 6)
+    assert kendall_tau(measured, predicted, noise=0.05) == 1.0
+    assert kendall_tau(measured, [101.0, 100.0, 195.0, 190.0], noise=0.05) == pytest.approx(3 / 5)
+    assert np.isnan(kendall_tau(measured[:2], predicted[:2], noise=0.05))
+
+
 def test_no_rows_is_refused() -> None:
     with pytest.raises(UsageError, match="no rows"):
         judge_gates([], 0.05)
