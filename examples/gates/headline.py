@@ -10,7 +10,7 @@ before the measurement begins.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,14 @@ def main() -> None:
     given = parser.parse_args()
     say = Console(width=150)
     run = RunSettings(hidden_size=HIDDEN, moe_intermediate_size=INNER, tokens_per_iteration=TOKENS)
+    trace = open_trace(given.trace, MODELS.get(given.model))
+    train, test = trace.split_by_request(0.5, given.seed)
     say.print(f"{given.lab}: calibrating")
-    calibration = calibrate_cluster(lab=given.lab, settings=CALIBRATE, run=run)
+    shape = LabSpec.parse(given.lab)
+    per_rank = -(-trace.model.num_experts // shape.num_ranks)
+    settings = replace(CALIBRATE, top_k=trace.model.top_k, experts_per_rank=per_rank)
+    calibration = calibrate_cluster(lab=given.lab, settings=settings, run=run)
     cluster = calibration.cluster
-    train, test = open_trace(given.trace, MODELS.get(given.model)).split_by_request(0.5, given.seed)
     used = TOKENS * ROUNDS
     # chosen on tokens of the planning half, mixed as the others will be
     trial = Halves(
@@ -95,7 +99,7 @@ def main() -> None:
     }
     write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
     say.print(f"predicted: {ratio['flow']:.3f}x as fast; now measured, {given.launches} launches")
-    with Lab.open(LabSpec.parse(given.lab)) as opened:
+    with Lab.open(shape) as opened:
         measured = replay_plans(
             [one.plan for one in arms],
             halves.test.expert_LTK,
