@@ -158,10 +158,10 @@ def main() -> None:
             halves = halves_of(name, cluster.num_ranks, given.seed)
             done = group_of(lab, halves, cluster, given.launches, given.seed, say)
             data["groups"][f"{lab}, {name}"] = done
-            rows, verdict = judged(data)
-            data["verdict"] = verdict.to_dict()
             write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
     rows, verdict = judged(data)
+    data["verdict"] = verdict.to_dict()
+    write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
     for table in gate_tables(rows, verdict):
         render(table, say)
 
