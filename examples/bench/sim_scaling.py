@@ -124,7 +124,7 @@ def serving() -> dict:
     )
     workload = make_workload(arrivals, 10_000.0, np.random.default_rng(0))
     pricer = PlanPricer(plan, trace.model, cluster, trace.expert_LTK)
-    pool = PoolSpec(pricer, 64, least_loaded(), Limits(horizon_s=10_000.0))
+    pool = PoolSpec(pricer=pricer, ranks=64, policy=least_loaded(), limits=Limits(horizon_s=10_000.0))
     start = time.process_time()
     served = serve(workload, Streams.of(trace.request_id_T, trace.phase_T), (pool,))
     return {"requests": 10_000, "seconds": time.process_time() - start, "stopped_by": served.stopped_by}
