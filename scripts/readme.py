@@ -92,8 +92,8 @@ def gates() -> str:
         f"| Kendall tau, pairs apart by more than the noise floor ({100 * verdict['noise']:.1f} %) "
         f"| {verdict['tau']:.2f} | 0.9 | {word['Kendall tau']} |",
         f"| Kendall tau, all pairs | {verdict['tau_all']:.2f} | | |",
-        f"| wrong signs of {verdict['resolved']} gains and losses above the noise floor | {len(verdict['wrong_signs'])} "
-        f"({wrong}) | 0 | {word['sign of every resolved gain']} |",
+        f"| wrong signs of {verdict['resolved']} gains and losses above the noise floor "
+        f"| {len(verdict['wrong_signs'])} ({wrong}) | 0 | {word['sign of every resolved gain']} |",
         "",
         "| cluster, routing | combinations | median error | largest | tau, apart | A/A, launches | gains measured |",
         "|---|---|---|---|---|---|---|",
@@ -116,8 +116,8 @@ def headline() -> str:
     data = json.loads(HEADLINE.read_text(encoding="utf-8"))
     seen, said = data["measured"], data["predicted_ratio"]
     return (
-        f"{data['trace'].removesuffix('.npz')} routing of gpt-oss-20b on {data['lab']}: placer's plan ({data['chosen']}) "
-        f"ran **{seen['median']:.2f} times as fast** as experts by index with standard dispatch (launch medians "
+        f"{data['trace'].removesuffix('.npz')} routing of gpt-oss-20b on {data['lab']}: placer's plan "
+        f"({data['chosen']}) ran **{seen['median']:.2f} times as fast** as experts by index with standard dispatch (launch medians "
         f"{seen['low']:.2f} to {seen['high']:.2f}, {seen['launches']} launches, faster in {seen['wins']} of "
         f"{seen['rounds']} rounds); predicted beforehand: {said['flow']:.2f} (`flow`), {said['phase']:.2f} (`phase`), "
         f"{said['port']:.2f} (`port`)."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from placer.core.atomic import write_text_atomically
+from placer.core.atomic import write_atomically, write_text_atomically
 from placer.core.cluster import ClusterSpec, Compute, LinkClass
 from placer.core.plan import Plan
 from sim.flow import flow_times
@@ -137,7 +137,7 @@ def plot(found: list[dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels = (
         ("ranks", "one layer", lambda p: p["tokens"] == 2048 and p["layers"] == LAYERS[p["ranks"]], True),
         ("layers", "64 ranks", lambda p: p["ranks"] == 64 and p["tokens"] == 2048, False),
@@ -151,10 +151,12 @@ def plot(found: list[dict], path: Path) -> None:
                 label = f"{name}, uplink" if uplink else name
                 axis.loglog([p[key] for p in part], cost, style, color=colour, marker="o", markersize=3, label=label)
         axis.set(xlabel=key, ylabel="processor ms", title=title)
+        sizes = sorted({p[key] for p in found if wanted(p)})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45, fontsize=7)
+        axis.minorticks_off()
         axis.grid(visible=True, alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=7)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def main() -> None:
