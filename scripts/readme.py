@@ -119,7 +119,8 @@ def headline() -> str:
         f"{data['trace'].removesuffix('.npz')} routing of gpt-oss-20b on {data['lab']}: placer's plan "
         f"({data['chosen']}) ran **{seen['median']:.2f} times as fast** as experts by index with "
         f"standard dispatch (launch medians {seen['low']:.2f} to {seen['high']:.2f}, "
-        f"{seen['launches']} launches, faster in {seen['wins']} of {seen['rounds']} rounds); predicted beforehand: {said['flow']:.2f} (`flow`), {said['phase']:.2f} (`phase`), "
+        f"{seen['launches']} launches, faster in {seen['wins']} of {seen['rounds']} rounds); "
+        f"predicted beforehand: {said['flow']:.2f} (`flow`), {said['phase']:.2f} (`phase`), "
         f"{said['port']:.2f} (`port`)."
     )
 
