@@ -12,7 +12,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("placer", "sim", "solvers", "traces", "examples")
 GATES = ROOT / "examples" / "validation" / "2-core-x86_64" / "gates.json"
-HEADLINE = ROOT / "examples" / "validation" / "2-core-x86_64" / "headline.json"
 REPLICAS = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8_redundant8.json"
 VALIDATION = ROOT / "examples" / "validation" / "2-core-x86_64" / "gptoss20b_node8.json"
 
@@ -112,17 +111,20 @@ def gates() -> str:
 
 
 def headline() -> str:
-    """The committed run of examples/gates/headline.py in a sentence."""
-    data = json.loads(HEADLINE.read_text(encoding="utf-8"))
-    seen, said = data["measured"], data["predicted_ratio"]
-    return (
-        f"{data['trace'].removesuffix('.npz')} routing of gpt-oss-20b on {data['lab']}: placer's plan "
-        f"({data['chosen']}) ran **{seen['median']:.2f} times as fast** as experts by index with "
-        f"standard dispatch (launch medians {seen['low']:.2f} to {seen['high']:.2f}, "
-        f"{seen['launches']} launches, faster in {seen['wins']} of {seen['rounds']} rounds); "
-        f"predicted beforehand: {said['flow']:.2f} (`flow`), {said['phase']:.2f} (`phase`), "
-        f"{said['port']:.2f} (`port`)."
-    )
+    """The committed runs of examples/gates/headline.py, a row each."""
+    lines = [
+        "| run | chosen on the planning half | measured, median of launches | launches | rounds won | predicted before |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("headline", "headline-earlier"):
+        data = json.loads((GATES.parent / f"{name}.json").read_text(encoding="utf-8"))
+        seen = data["measured"]
+        lines.append(
+            f"| [{name}](examples/validation/2-core-x86_64/{name}.json) | plan {data['chosen']} "
+            f"| **{seen['median']:.2f}x** | {seen['low']:.2f}x to {seen['high']:.2f}x ({seen['launches']}) "
+            f"| {seen['wins']} of {seen['rounds']} | {data['predicted_ratio']['flow']:.2f}x |"
+        )
+    return "\n".join(lines)
 
 
 def updated(readme: str) -> str:
