@@ -113,7 +113,7 @@ def gates() -> str:
 def headline() -> str:
     """The committed runs of examples/gates/headline.py, a row each."""
     lines = [
-        "| run | chosen on the planning half | measured, median of launches | launches | rounds won | predicted before |",
+        "| run | chosen on the planning half | measured, median launch | launches | rounds won | predicted before |",
         "|---|---|---|---|---|---|",
     ]
     for name in ("headline", "headline-earlier"):
