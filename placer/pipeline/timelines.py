@@ -96,7 +96,7 @@ def measure(
     from placer.execute.lab import Lab
     from placer.execute.measure import replay_plans, replayed_model
 
-    settings = settings or RunSettings()
+    settings, spec, kind = settings or RunSettings(), lab_of(plan, lab), _kind(kind)
     plans = {"": plan} if baseline is None else {"": plan, "baseline ": baseline}
     warnings: list[str] = []
     for one in plans.values():
@@ -107,7 +107,6 @@ def measure(
         raise UsageError(
             f"the trace has {trace.num_tokens} tokens; run.iterations x run.tokens_per_iteration is {used}; lower them"
         )
-    spec = lab_of(plan, lab)
     # the baseline keeps its own mode: what it would be without this plan
     modes = [mode] + [None] * (len(plans) - 1)
     source_T = sources_of(trace, plan.num_ranks)
@@ -119,7 +118,7 @@ def measure(
             model=trace.model,
             modes=modes,  # type: ignore[arg-type]  # ReplayJob refuses unknown names
             schedules=[_schedule(one, kind, how, warnings) for one, how in zip(plans.values(), modes, strict=True)],
-            kind=_kind(kind),
+            kind=kind,
             source_T=source_T,
             experts_path=checkpoint,
             tokens_per_iteration=settings.tokens_per_iteration,

@@ -10,12 +10,20 @@ TRACE, CLUSTER = "trace.safetensors", ("--cluster", "node4")
 SOLVE = ("solve", TRACE, *CLUSTER, "-o", "new.out")
 SIMULATE = ("simulate", "plan.json", "--trace", TRACE, *CLUSTER, "-o", "new.out")
 CHECK = ("check", "plan.json", "--trace", TRACE, *CLUSTER)
+RUN = ("run", "plan.json", "-o", "new.out")
 LONG = "x" * 300
 
 
 @pytest.mark.parametrize(
     ("code", "call", "says"),
     [
+        (2, RUN, "run needs either --trace TRACE, or --model DIR with --text FILE"),
+        (2, (*RUN, "--text", "prompts.txt"), "run needs either --trace TRACE"),
+        (2, (*RUN, "--trace", TRACE, "--text", "prompts.txt"), "run needs either --trace TRACE"),
+        (2, (*RUN, "--model", ".", "--text", "p.txt", "--baseline", "plan.json"), "--baseline, --cluster and --for go"),
+        (2, (*RUN, "--trace", TRACE, "--lab", "3x3x3"), "lab '3x3x3' is not known; write NODESxRANKS@RATE"),
+        (4, (*RUN, "--trace", TRACE, "--lab", "2x1"), "the lab 2x1 has 2 ranks, 1 a node; the plan is for"),
+        (2, (*RUN, "--trace", TRACE, "--for", "training"), "kind is 'training'; use one of prefill, decode"),
         (2, (*SOLVE, "--solver", "magic"), "solver 'magic' is not known; use auto or one of linear"),
         (2, (*SOLVE, "--mode", "flood"), "mode is 'flood'; use one of per_expert"),
         (2, (*SOLVE, "--seed", "-1"), "seed is -1; give a whole number, 0 or more"),

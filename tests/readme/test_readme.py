@@ -55,6 +55,8 @@ def test_the_tour_leaves_what_it_says(tour: Path) -> None:
 def test_the_measured_part_of_the_tour(tour: Path) -> None:
     pytest.importorskip("torch")
     printed = run_block(BLOCKS[1], tour)
+    assert "measured: " in printed[0]
+    assert "as fast" in printed[0]
     assert "measured" in printed[1]
     assert "Prediction error" in printed[1]
 
