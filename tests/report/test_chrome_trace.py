@@ -65,7 +65,10 @@ def validate(trace: dict[str, Any]) -> None:
         assert start["ts"] <= finish["ts"]
         holders = []
         for end in (start, finish):
-            around = [e for e in lanes[end["pid"], end["tid"]] if e["ts"] <= end["ts"] < e["ts"] + e["dur"]]
+            # whole nanoseconds: 0.101 us + 0.001 us is more than 0.102 us in floats
+            at = round(1000 * end["ts"])
+            lane = lanes[end["pid"], end["tid"]]
+            around = [e for e in lane if round(1000 * e["ts"]) <= at < round(1000 * (e["ts"] + e["dur"]))]
             assert len(around) == 1, "an arrow's end lies in exactly one span"
             assert trace["traceEvents"].index(around[0]) < trace["traceEvents"].index(end), "which is already open"
             holders.append(around[0])
