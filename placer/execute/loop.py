@@ -76,6 +76,17 @@ class Record:
     time_G2: IntArray
     count_G3: IntArray
 
+    @classmethod
+    def of(cls, spans: "Spans", clock: "Clock") -> "Record":
+        """From (layer, span) pairs whose stamps `clock` reads."""
+        times_ns = clock.read_ns([mark for _, span in spans for mark in (span.begin, span.end)])
+        return cls(
+            np.array([layer for layer, _ in spans]),
+            np.array([span.phase for _, span in spans]),
+            times_ns.reshape(-1, 2),
+            np.array([(span.sent, span.received, span.tokens) for _, span in spans], dtype=np.int64),
+        )
+
 
 class Clock:
     """Turns stamps of one iteration into nanoseconds of this host's monotonic clock."""
@@ -186,14 +197,7 @@ def run_iteration(
         layers, residual_TH = _wander(prepared, index, hidden_TH, fabric, lanes, clock, beat)
     else:
         layers, residual_TH = _stay(prepared, index, hidden_TH, fabric, lanes, clock, beat)
-    spans = [span for _, span in layers]
-    times_ns = clock.read_ns([mark for span in spans for mark in (span.begin, span.end)])
-    return Record(
-        np.array([layer for layer, _ in layers]),
-        np.array([span.phase for span in spans]),
-        times_ns.reshape(-1, 2),
-        np.array([(span.sent, span.received, span.tokens) for span in spans], dtype=np.int64),
-    ), residual_TH
+    return Record.of(layers, clock), residual_TH
 
 
 Spans = list[tuple[int, Span]]

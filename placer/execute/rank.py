@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from placer.core.errors import ExecutionError, PlacerError, UsageError
-from placer.execute.dispatch import Fabric
+from placer.execute.dispatch import Fabric, exchange
 from placer.execute.heartbeat import die_with
 from placer.execute.job import Backend
 from placer.execute.protocol import PROGRESS_PREFIX, RunFolder
@@ -115,7 +115,7 @@ def ask_for_realtime(work: str) -> None:
 
 
 def join_ranks(environment: RankEnvironment, device: torch.device, timeout_s: float) -> None:
-    """Joins the group of all ranks, or says within `timeout_s` where the rendezvous is that cannot be had."""
+    """Joins and connects all ranks, or says within `timeout_s` where the rendezvous is that cannot be had."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     ranks = {"rank": environment.rank, "world_size": environment.num_ranks}
     try:
@@ -134,6 +134,9 @@ def join_ranks(environment: RankEnvironment, device: torch.device, timeout_s: fl
             f"cannot use network interface {name} ({first_line(error).rpartition('] ')[2]}); set GLOO_SOCKET_IFNAME "
             "to one that this machine has"
         ) from error
+    # connections are made by the first message on some back ends, and must not be timed
+    one_R = [1] * environment.num_ranks
+    exchange(torch.zeros(environment.num_ranks, 4, device=device), one_R, one_R)
 
 
 def make_fabrics(nodes: Sequence[tuple[int, bool]], device: torch.device) -> list[Fabric]:

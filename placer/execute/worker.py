@@ -24,7 +24,7 @@ from torch import Tensor
 
 from placer.core.errors import ExecutionError, UsageError
 from placer.execute.collect import align_clocks, build_timeline, gather_outputs, gather_to_first, judge_outputs
-from placer.execute.dispatch import Fabric, exchange
+from placer.execute.dispatch import Fabric
 from placer.execute.dispatch.lanes import Lanes
 from placer.execute.heartbeat import Heartbeat
 from placer.execute.job import ReplayJob, metadata_bytes
@@ -76,8 +76,6 @@ def _run(environment: RankEnvironment, jobs: list[ReplayJob]) -> None:
     prepared = [prepare(job, rank, num_ranks, device, cache) for job in jobs]
     try:
         join_ranks(environment, device, max(job.timeout_s for job in jobs))
-        # connections are made by the first message on some back ends, and must not be timed
-        exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
         kept = _measure(prepared, make_fabrics(_nodes(prepared), device), rank, heartbeat)
         heartbeat.finish()
         timelines = _collect(prepared, kept, environment)

@@ -18,7 +18,6 @@ from placer.execute.calibrate.assemble import exchange_tokens, expert_cases
 from placer.execute.calibrate.job import CalibrationJob
 from placer.execute.calibrate.measurements import IN_A_ROW, LAYERS, Bench
 from placer.execute.collect import gather_to_first
-from placer.execute.dispatch import exchange
 from placer.execute.heartbeat import Heartbeat
 from placer.execute.rank import (
     RankEnvironment,
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(environment: RankEnvironment, paths: list[Path]) -> None:
     if len(paths) != 2:
         raise UsageError("usage: torchrun ... -m placer.execute.calibrate.worker JOB.json SAMPLES.npz")
-    job, rank, num_ranks = CalibrationJob.load(paths[0]), environment.rank, environment.num_ranks
+    job, rank = CalibrationJob.load(paths[0]), environment.rank
     heartbeat = Heartbeat(environment.folder.heartbeats if environment.folder else None, rank)
     if job.realtime:
         ask_for_realtime("calibrate")
@@ -53,7 +52,6 @@ def _run(environment: RankEnvironment, paths: list[Path]) -> None:
         torch.cuda.set_device(device)
     try:
         join_ranks(environment, device, job.timeout_s)
-        exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
         samples = _measure(job, environment, device, heartbeat)
         heartbeat.finish()
         if rank == 0:

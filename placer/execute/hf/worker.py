@@ -25,7 +25,7 @@ import transformers
 from placer.core.errors import ExecutionError, UsageError
 from placer.core.timeline import Timeline
 from placer.execute.collect import align_clocks, build_timeline, gather_to_first
-from placer.execute.dispatch import Fabric, exchange
+from placer.execute.dispatch import Fabric
 from placer.execute.heartbeat import Heartbeat
 from placer.execute.hf.job import GenerateJob
 from placer.execute.hf.prepare import Caches, PreparedGeneration, prepare
@@ -86,8 +86,6 @@ def _run(environment: RankEnvironment, jobs: list[GenerateJob]) -> None:
             for job in jobs
         ]
         join_ranks(environment, device, max(job.timeout_s for job in jobs))
-        # connections are made by the first message on some back ends, and must not be timed
-        exchange(torch.zeros(num_ranks, 4, device=device), [1] * num_ranks, [1] * num_ranks)
         fabrics = make_fabrics([(one.plan.ranks_per_node, one.two_level) for one in prepared], device)
         for one, fabric in zip(prepared, fabrics, strict=True):
             recording = Recording(len(one.layers_L), one.backbone.top_k) if one.job.record_path else None
@@ -128,24 +126,12 @@ def _generate(
         step.beat(0, 0)
         kept.home_I.append(batch.advance(one.clock.start()))
         batch.take()
-        kept.records.append(_record(one))
+        kept.records.append(Record.of(one.step.spans, one.clock))
         if recording is not None:
             recording.add(index, fabric.rank, batch.column_N, step.kept)
     gc.enable()
     kept.generated_B = batch.generated
     return kept
-
-
-def _record(one: PreparedGeneration) -> Record:
-    """What the rank did in the step that has just run."""
-    spans = one.step.spans
-    times_ns = one.clock.read_ns([mark for _, span in spans for mark in (span.begin, span.end)])
-    return Record(
-        np.array([layer for layer, _ in spans]),
-        np.array([span.phase for _, span in spans]),
-        times_ns.reshape(-1, 2),
-        np.array([(span.sent, span.received, span.tokens) for _, span in spans], dtype=np.int64),
-    )
 
 
 def _running_anywhere(*, running: bool) -> bool:
