@@ -181,4 +181,6 @@ def first_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     """Hands a line of progress to the launcher."""
-    print(PROGRESS_PREFIX + text, flush=True)
+    # one write: ranks share the pipe, and print would send the end of the line by itself
+    sys.stdout.write(f"{PROGRESS_PREFIX}{text}\n")
+    sys.stdout.flush()

@@ -28,7 +28,8 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 one = torch.ones(1)
 dist.all_reduce(one)
-print(f"placer-progress: {os.environ['RANK']} of {int(one)} on {os.environ['GLOO_SOCKET_IFNAME']}", flush=True)
+sys.stdout.write(f"placer-progress: {os.environ['RANK']} of {int(one)} on {os.environ['GLOO_SOCKET_IFNAME']}\\n")
+sys.stdout.flush()
 if os.environ["RANK"] == "3":
     time.sleep(1)
     ACTION
