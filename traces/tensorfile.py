@@ -54,10 +54,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """What a file holds: its free text and its arrays, which are read-only views of the mapped file."""
+    """What a file holds: its free text, its arrays (read-only views of the mapped file), and where each starts."""
 
     metadata: dict[str, str]
     arrays: dict[str, npt.NDArray[Any]]
+    first_byte: dict[str, int]
 
 
 def write_tensor_file(
@@ -121,6 +122,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputFileError(f"{path}: header field __metadata__ is not a table of texts; {MEND}")
     arrays = {}
+    first_byte = {}
     taken = []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(path, name, entry)
@@ -138,6 +140,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             arrays[name] = data.view(dtype).reshape(shape)
         except ValueError as error:
             raise InputFileError(f"{path}: array {name!r} cannot have shape {shape} ({error}); {MEND}") from error
+        first_byte[name] = start + begin
         taken.append((begin, end, name))
     expected = 0
     for begin, end, name in sorted(taken):
@@ -148,7 +151,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         expected = end
     if start + expected != total:
         raise InputFileError(f"{path}: {total - start - expected} bytes after the last array; {MEND}")
-    return TensorFile(metadata, arrays)
+    return TensorFile(metadata, arrays, first_byte)
 
 
 def looks_like_tensor_file(head: bytes) -> bool:

@@ -17,8 +17,9 @@ from placer.core.errors import InputFileError, UsageError
 
 __all__ = ["PHASES", "Timeline"]
 
-PHASES = ("attention", "dispatch", "experts", "combine", "gather")
-"""Phase codes are indices into this tuple. `gather` is the all-gather of contexts or tokens between iterations."""
+PHASES = ("attention", "dispatch", "experts", "combine", "gather", "load", "copy")
+"""Phase codes are indices into this tuple. `gather` is the all-gather of contexts or tokens between iterations. `load`
+and `copy` are a device's: planes read from the disk, and copied to the accelerator."""
 
 COLUMNS = ("iteration", "layer", "phase", "rank", "start_ns", "duration_ns", "sent_bytes", "received_bytes", "tokens")
 FORMAT = "placer-timeline"
