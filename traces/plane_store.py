@@ -135,9 +135,9 @@ def verify_planes(index: PlaneIndex) -> None:
     for site, expert, plane in np.ndindex(index.shape_LEK):
         layer = index.moe_layers[site]
         if zlib.crc32(arrays[plane_key(layer, expert, plane)].data) != index.crc32_LEK[site, expert, plane]:
+            where = f"layer {layer} expert {expert} plane {plane}"
             raise InputFileError(
-                f"{index.path}: layer {layer} expert {expert} plane {plane} does not have the checksum written with it; "
-                "the file is damaged, copy it again"
+                f"{index.path}: {where} has another checksum than when written; the file is damaged, copy it again"
             )
 
 
