@@ -100,7 +100,7 @@ def test_any_spans_survive_the_file(spans: list[tuple[int, ...]], tmp_path: Path
         (changed(0, start_ns=-1), {}, "starts before 0"),
         (changed(0, duration_ns=-1), {}, "lasts less than 0"),
         (changed(0, start_ns=2**62, duration_ns=2**62), {}, "2**63"),
-        (changed(0, phase=5), {}, "timeline.phase has 1 to 5"),
+        (changed(0, phase=7), {}, "timeline.phase has 1 to 7"),
         (changed(0, phase=-1), {}, "timeline.phase has -1"),
         (changed(0, rank=2), {}, "timeline.rank has 0 to 2"),
         (changed(0, rank=-1), {}, "timeline.rank has -1"),
