@@ -25,6 +25,7 @@ __all__ = [
     "OutFlag",
     "emit",
     "load_model",
+    "parse_bytes",
     "parse_share",
     "parse_time",
     "progress_line",
@@ -77,6 +78,16 @@ def parse_time(text: str) -> float:
     if not match or float(match[1]) <= 0:
         raise UsageError(f"--time {text!r} is not a duration; write 60s, 5m or 1h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes in `512MiB`, `4GiB`, `200MB` or `1000000`. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?B|B)?", text.strip())
+    if not match:
+        raise UsageError(f"{flag} {text!r} is not an amount; write 512MiB, 4GiB or 200MB")
+    unit = (match[2] or "B").upper()
+    power = "BKMGT".index(unit[0])
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** power)
 
 
 def parse_share(text: str, flag: str) -> float:
