@@ -81,7 +81,8 @@ def segment_routing(trace: RoutingTrace, window: int = 16) -> SegmentRouting:
     SRP = max over a of 2 M / (P + A), M = sum over f >= a of f n_f, P = m sum over f >= a of n_f, A = sum of f n_f.
     A group adds up M, P and A of its experts, and one common threshold is then the best choice of a threshold for each:
     F1 reaches x where the sum of 2 f - x m over all windows that are on reaches x A, so the best x has exactly those
-    with f >= x m / 2 on, whichever expert they are of. Complexity: O(L (T k + Q E + E m)). Raises UsageError where no request has a window.
+    with f >= x m / 2 on, whichever expert they are of. Complexity: O(L (T k + Q E + E m)). Raises UsageError where no
+    request has a window.
     """
     accesses, cut_Q = _by_request(trace)
     counts_LEF = np.zeros((accesses.num_sites, accesses.num_experts, _checked(window) + 1), dtype=np.int64)
@@ -175,8 +176,8 @@ class OffloadAdvice:
         verdict = (
             f"SRP {self.srp:.3f} at m = {self.window} reaches {LEAST_SRP}: a cache of experts pays"
             if self.pays
-            else f"SRP {self.srp:.3f} at m = {self.window} is below {LEAST_SRP}: the gains of a cache of experts will be "
-            "small, look to placement and batching first"
+            else f"SRP {self.srp:.3f} at m = {self.window} is below {LEAST_SRP}: the gains of a cache of experts will "
+            "be small, look to placement and batching first"
         )
         if self.pays and self.srp < self.uniform + SMALL_EXCESS:
             verdict += ", but only because it holds much of a layer: routing without locality shows as much"
