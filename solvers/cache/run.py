@@ -44,3 +44,8 @@ class CacheRun:
         """Hits over accesses, all layers together; 1.0 where nothing was needed."""
         accesses = int(self.accesses_L.sum())
         return int(self.hits_L.sum()) / accesses if accesses else 1.0
+
+    @property
+    def loads_per_access(self) -> float:
+        """Experts loaded for every expert needed; above 1 where prefetching loads more in vain than the cache saves."""
+        return self.loads / max(1, int(self.accesses_L.sum()))
