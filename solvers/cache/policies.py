@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from placer.core.device.caches.rules import LFU_HALVING_VISITS
 from placer.core.errors import UsageError
 from solvers.cache.run import CacheRun
 from traces.accesses import Accesses
@@ -23,7 +24,7 @@ CacheRule = Literal["random", "lru", "lfu", "sch", "belady"]
 """What is kept, of what was held and what the step needed, is most in:
 random   membership of the step, then chance
 lru      time of the last use
-lfu      uses since the start, whether held or not (no aging); equals: time of the last use
+lfu      uses, whether held or not, halved (rounded down) after every 32 steps; equals: time of the last use
 sch      uses in the next `window` steps (MoE-LRC's SCH v2); equals: time of the last use
 belady   nearness of the next use (Read-ME's rule); equals: lower id"""
 
@@ -57,8 +58,11 @@ def simulate_cache(
             pairs.append(lookahead_hits(start_S, expert_A, window, slots, experts))
         elif rule == "random":
             pairs.append(_replay_random(start_S, expert_A, slots, experts, rng))
+        elif rule == "lfu":
+            pairs.append(_replay_lfu(start_S, expert_A, slots, experts, LFU_HALVING_VISITS))
         else:
-            key_A = _keys(start_S, expert_A, experts, CACHE_RULES.index(rule))
+            accessed = int(start_S[-1] - start_S[0])
+            key_A = np.arange(accessed) if rule == "lru" else _nearness(start_S, expert_A, experts)
             pairs.append(_replay_keys(start_S, expert_A, key_A, slots, experts))
     hits_L, held_L = np.array(pairs, dtype=np.int64).T
     return CacheRun(
@@ -70,31 +74,17 @@ def simulate_cache(
     )
 
 
-LRU, LFU = CACHE_RULES.index("lru"), CACHE_RULES.index("lfu")
-
-
 @njit(cache=True, nogil=True)
-def _keys(start_S: IntArray, expert_A: Int32Array, num_experts: int, rule: int) -> IntArray:
-    """What an expert's worth is from each of its accesses on, until the next."""
-    first, last = start_S[0], start_S[-1]
-    key_A = np.empty(last - first, dtype=np.int64)
-    if rule == LRU:
-        for at in range(last - first):
-            key_A[at] = at
-    elif rule == LFU:
-        uses_E = np.zeros(num_experts, dtype=np.int64)
-        for at in range(last - first):
-            expert = expert_A[first + at]
-            uses_E[expert] += 1
-            key_A[at] = uses_E[expert] * (last - first) + at
-    else:
-        never = len(start_S)
-        next_E = np.full(num_experts, never, dtype=np.int64)
-        for step in range(len(start_S) - 2, -1, -1):
-            for at in range(start_S[step], start_S[step + 1]):
-                expert = expert_A[at]
-                key_A[at - first] = -(next_E[expert] * num_experts + expert)
-                next_E[expert] = step
+def _nearness(start_S: IntArray, expert_A: Int32Array, num_experts: int) -> IntArray:
+    """How near each access's expert is needed next; higher is nearer."""
+    first = start_S[0]
+    key_A = np.empty(start_S[-1] - first, dtype=np.int64)
+    next_E = np.full(num_experts, len(start_S), dtype=np.int64)
+    for step in range(len(start_S) - 2, -1, -1):
+        for at in range(start_S[step], start_S[step + 1]):
+            expert = expert_A[at]
+            key_A[at - first] = -(next_E[expert] * num_experts + expert)
+            next_E[expert] = step
     return key_A
 
 
@@ -118,6 +108,33 @@ def _replay_keys(
                 count += 1
         count = drop_lowest(held, count, slots, is_held_E, key_E)
         most_held = max(most_held, count)
+    return hits, most_held
+
+
+@njit(cache=True, nogil=True)
+def _replay_lfu(start_S: IntArray, expert_A: Int32Array, slots: int, num_experts: int, halving: int) -> tuple[int, int]:
+    clocks = start_S[-1] - start_S[0] + 1
+    held = np.empty(slots + num_experts, dtype=np.int64)
+    is_held_E = np.zeros(num_experts, dtype=np.bool_)
+    # uses, then the last use, in one number
+    key_E = np.zeros(num_experts, dtype=np.int64)
+    count, hits, clock, most_held = 0, 0, 0, 0
+    for step in range(len(start_S) - 1):
+        for at in range(start_S[step], start_S[step + 1]):
+            expert = expert_A[at]
+            clock += 1
+            key_E[expert] = (key_E[expert] // clocks + 1) * clocks + clock
+            if is_held_E[expert]:
+                hits += 1
+            else:
+                is_held_E[expert] = True
+                held[count] = expert
+                count += 1
+        count = drop_lowest(held, count, slots, is_held_E, key_E)
+        most_held = max(most_held, count)
+        if (step + 1) % halving == 0:
+            for expert in range(num_experts):
+                key_E[expert] = key_E[expert] // clocks // 2 * clocks + key_E[expert] % clocks
     return hits, most_held
 
 

@@ -24,8 +24,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 CachePolicy = Literal["none", "lru", "lfu", "belady", "d2moe"]
 """What goes first. none: all planes that are not resident, when their layer ends. lru: what was used longest ago. lfu:
-what was used least often since the start (no aging; equals: longest ago). belady: what is used next farthest in the
-future, which it must be told. d2moe: the planes of the layer before, from the high ones down (D2MoE's algorithm 2)."""
+what was used least often (counts are halved after every 32 iterations; equals: longest ago). belady: what is used next
+farthest in the future, which it must be told. d2moe: the planes of the layer before, from the high ones down (D2MoE's
+algorithm 2)."""
 
 CACHE_POLICIES: tuple[CachePolicy, ...] = get_args(CachePolicy)
 

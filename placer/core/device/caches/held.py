@@ -85,7 +85,7 @@ class HeldPlanes:
 
 
 class RankedPlanes(HeldPlanes):
-    """Planes go by a key that changes only when they are used, the lowest first."""
+    """Planes go by a key, the lowest first; it changes when they are used, or when a rule sets it."""
 
     def __init__(self, shape_LEK: tuple[int, int, int], plane_bytes_K: Sequence[int], capacity_bytes: int) -> None:
         super().__init__(shape_LEK, plane_bytes_K, capacity_bytes)
@@ -99,7 +99,10 @@ class RankedPlanes(HeldPlanes):
 
     def _rank(self, plane: Plane) -> None:
         self._clock += 1
-        key = self._key[plane] = self._worth(plane)
+        self._set_key(plane, self._worth(plane))
+
+    def _set_key(self, plane: Plane, key: tuple[int, int, int]) -> None:
+        self._key[plane] = key
         heapq.heappush(self._heap, (key, plane))
         if len(self._heap) > 2 * len(self._key) + 64:
             self._heap = [(key, plane) for plane, key in self._key.items()]
