@@ -1,8 +1,9 @@
 """llama.cpp: whole layers on the accelerator or on the CPU, and one type for each layer's experts; nothing finer.
 
 A layer's experts are one tensor per matrix, `blk.N.ffn_{gate,up,down}_exps`, so `-ot`, `--n-cpu-moe` and
-`llama-quantize --tensor-type` act on layers. The layers with the most resident bytes are kept, as many as fit the plan's memory with
-all their experts at the layer's highest bit-width. What that drops and adds is written into the file.
+`llama-quantize --tensor-type` act on layers. The layers with the most resident bytes are kept, as many as fit the
+plan's memory with all their experts at the layer's highest bit-width. What that drops and adds is written into the
+file.
 
 Legend: L routing sites, E experts.
 """
@@ -99,8 +100,8 @@ def _quantize_flags(plan: DevicePlan, rounding: LayerRounding) -> str:
 def _loss(rounding: LayerRounding) -> str:
     return (
         f"llama.cpp places and quantises whole layers, nothing finer: {rounding.dropped} of {rounding.resident} "
-        f"resident experts go to the CPU with their layers, and {rounding.added} experts that the plan does not keep whole stay "
-        "on the accelerator with theirs"
+        f"resident experts go to the CPU with their layers, and {rounding.added} experts that the plan does not keep "
+        "whole stay on the accelerator with theirs"
     )
 
 

@@ -48,8 +48,8 @@ def solve_split(
     """The split that touches the fewest experts, or the best found in the time, with the bound that was proved.
 
     Parameters as in `split_tokens`, whose answer is the hint and is returned where CP-SAT has found nothing better.
-    A back end that is killed for time leaves the heuristic's split and the plain bound (an expert that is used at all is
-    touched once; twice where more tokens use it than a batch holds). Raises UsageError for a bad limit or `given_T`,
+    A back end that is killed for time leaves the heuristic's split and the plain bound (an expert that is used at all
+    is touched once; twice where more tokens use it than a batch holds). Raises UsageError for a bad limit or `given_T`,
     SolverError for a back end that fails.
 
     Notes

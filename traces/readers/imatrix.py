@@ -18,9 +18,10 @@ from traces.summarize import Progress
 
 __all__ = ["read_imatrix"]
 
-COUNTS = re.compile(r"blk\.(\d{1,5})\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
+COUNTS = re.compile(r"blk\.(\d{1,3})\.ffn_(gate|up|down|gate_up)_exps\.weight\.counts")
 MATRICES = ("gate", "up", "down", "gate_up")
 EXACT_BELOW = 2**24
+MOST_EXPERTS = 65535
 MEND = "write it anew with `llama-imatrix --output-format gguf`"
 
 
@@ -50,7 +51,7 @@ def read_imatrix(path: Path, model: ModelSpec | None = None, progress: Progress 
     notes = []
     row_of = {layer: next(by[name] for name in MATRICES if name in by) for layer, by in sorted(found.items())}
     experts = {len(row) for row in row_of.values()}
-    if len(experts) != 1:
+    if len(experts) != 1 or not 0 < min(experts) <= MOST_EXPERTS:
         raise InputFileError(f"{path}: layers count {min(experts)} to {max(experts)} experts; give counts of one model")
     unlike = [
         layer for layer, by in found.items() if any(not np.array_equal(row_of[layer], row) for row in by.values())
