@@ -1,0 +1,1 @@
+"""The caches of planes by their rules: what all have in common, and who goes first."""
