@@ -13,6 +13,7 @@ from placer.core.errors import MismatchError, UsageError
 from traces.device_work import decode_batches, device_work
 from traces.predictors.fit import PREDICTORS, fit_predictor, predict
 from traces.predictors.judge import corrupt, judge_prediction
+from traces.predictors.repeat import repeat_token
 from traces.predictors.work import level_shares, predicted_work
 from traces.synthetic import synthesize
 
@@ -191,3 +192,9 @@ def test_what_does_not_belong_together_is_refused():
         predicted_work(work, bits, batches, trace.expert_LTK, LADDER)
     with pytest.raises(UsageError, match="no bit-widths"):
         level_shares(trace, LADDER)
+
+
+def test_the_token_before_by_hand():
+    expert_LTK = np.arange(12, dtype=np.uint8).reshape(1, 6, 2)
+    trace = trace_of(expert_LTK, 12, request_id_T=[3, 0, 3, 0, 5, 3])
+    assert repeat_token(trace)[0].tolist() == [[255, 255], [255, 255], [0, 1], [2, 3], [255, 255], [4, 5]]
