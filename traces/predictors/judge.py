@@ -62,6 +62,8 @@ def judge_prediction(predicted_LTK: Ids, trace: RoutingTrace, batches: Sequence[
 def corrupt(predicted_LTK: Ids, trace: RoutingTrace, accuracy: float, rng: np.random.Generator) -> Ids:
     """The prediction with exactly the share `accuracy` of each site's true pairs in it (rounded to whole pairs).
 
+    For predictions that name no expert twice for a token, as all of ours.
+
     Too good: pairs drawn at random become experts that the token did not take and that were not predicted for it
     (unset where there is none). Not good enough: missed pairs drawn at random replace the token's wrong experts, the
     likeliest first, or are put into unset entries. Give the trace's own expert_LTK for an oracle that errs at random.
