@@ -2,23 +2,32 @@
 
 from pathlib import Path
 
+from placer.core.device.plan import DevicePlan
+from placer.core.device.planes import PlaneIndex
 from placer.core.errors import UsageError
 from placer.core.model import ModelSpec
 from placer.core.modes import ReplicaChoice
 from placer.core.plan import Plan
 from placer.export.ascend import ASCEND
+from placer.export.device_exporter import DeviceExporter
 from placer.export.eplb import EPLB
 from placer.export.exporter import Exporter
+from placer.export.ktransformers import KTRANSFORMERS
 from placer.export.legal import assert_exportable, export_violations
+from placer.export.llamacpp import LLAMACPP
+from placer.export.planes_manifest import PLANES_MANIFEST
 from placer.export.sglang import SGLANG
 from placer.export.trtllm import TRTLLM
 from placer.export.vllm import VLLM, VLLM_EXPERT_MAP, VLLM_INITIAL_MAPPING, VLLM_PLACEMENT_FILE
 
 __all__ = [
+    "DEVICE_EXPORTERS",
     "ENGINE_CHOICES",
     "EXPORTERS",
+    "DeviceExporter",
     "Exporter",
     "assert_exportable",
+    "export_device_plan",
     "export_plan",
     "export_violations",
     "export_warnings",
@@ -70,3 +79,24 @@ def export_warnings(plan: Plan, to: str) -> tuple[str, ...]:
             f"{to} has no coherent execution: tokens return to their source rank, so affinity gains nothing"
         )
     return tuple(warnings)
+
+
+DEVICE_EXPORTERS: dict[str, DeviceExporter] = {
+    exporter.name: exporter for exporter in (KTRANSFORMERS, LLAMACPP, PLANES_MANIFEST)
+}
+"""Name on the command line to exporter of device plans."""
+
+
+def export_device_plan(plan: DevicePlan, planes: PlaneIndex | None, to: str, path: Path) -> tuple[str, tuple[str, ...]]:
+    """Writes a device plan for `to`; returns the flags that use the file, and warnings of what it cannot say.
+
+    The file is read back and compared before it takes its name. `planes` is needed for "planes" and checked where
+    given. Raises UsageError (unknown exporter, wrong suffix, planes missing), MismatchError (planes of another plan),
+    DependencyError (torch for .pt), InputFileError.
+    """
+    if to not in DEVICE_EXPORTERS:
+        raise UsageError(f"no exporter for {to!r}; placer exports device plans to {', '.join(DEVICE_EXPORTERS)}")
+    path = Path(path)
+    exporter = DEVICE_EXPORTERS[to]
+    exporter.write(plan, planes, path)
+    return exporter.launch(plan, path), exporter.warnings(plan)

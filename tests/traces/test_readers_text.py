@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from gguf_bytes import imatrix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trace_cases import DATA, make_trace, traces
@@ -397,7 +398,8 @@ def test_reads_the_deepseek_counts():
 
 
 def test_every_source_has_a_reader_and_unknown_ones_are_named(tmp_path):
-    assert set(READERS) == {"placer", "npz", "jsonl", "sglang", "vllm", "routed_experts", "logical_count"}
+    known = {"placer", "npz", "jsonl", "sglang", "vllm", "routed_experts", "logical_count", "imatrix", "ktransformers"}
+    assert set(READERS) == known
     (tmp_path / "x").write_text("hello")
     with pytest.raises(InputFileError, match="none of"):
         read_any(tmp_path / "x")
@@ -440,6 +442,11 @@ def test_every_reader_reports_progress_to_the_end(source, tmp_path):
         write_lines(path, [token_line(trace, token, False) for token in range(40)])
     elif source == "logical_count":
         path.write_text(json.dumps({"logical_count": [[1, 2], [3, 4]]}))
+    elif source == "imatrix":
+        path.write_bytes(imatrix({0: [1, 2], 1: [3, 4]}))
+    elif source == "ktransformers":
+        torch = pytest.importorskip("torch")
+        torch.save({"logical_count": torch.tensor([[[1, 2], [3, 4]]])}, path)
     else:
         path.write_text(json.dumps({"choices": [{"routed_experts": npy64(reply_ids(9))}]}))
     seen = []

@@ -10,7 +10,10 @@ from placer.core.errors import InputFileError, MismatchError, UsageError
 from placer.core.model import ModelSpec
 from traces.counts import LoadCounts, load_counts_profile
 from traces.ids import convert_ids, id_dtype
+from traces.readers.gguf import looks_like_gguf
+from traces.readers.imatrix import read_imatrix
 from traces.readers.jsonl import read_jsonl
+from traces.readers.ktransformers import read_ktransformers
 from traces.readers.logical_count import read_logical_count
 from traces.readers.npz import read_npz
 from traces.readers.routed_experts import read_routed_experts
@@ -83,11 +86,13 @@ def recognise(path: Path) -> str:
         return "routed_experts"
     if looks_like_tensor_file(head[:9]):
         return "placer"
+    if looks_like_gguf(head):
+        return "imatrix"
     text = head.lstrip()
     if text[:1] in (b"{", b"["):
         return _json(path, text)
     raise InputFileError(
-        f"{path}: is none of placer trace, npz, JSON lines, SGLang dump, routed_experts or logical_count; "
+        f"{path}: is none of placer trace, npz, JSON lines, SGLang dump, routed_experts, logical_count or imatrix; "
         "say what it is with --from"
     )
 
@@ -127,5 +132,7 @@ READERS: dict[str, Reader] = {
     "vllm": read_routed_experts,
     "routed_experts": read_routed_experts,
     "logical_count": read_logical_count,
+    "imatrix": read_imatrix,
+    "ktransformers": read_ktransformers,
 }
 """Reader of each source: (path, model or None, progress or None) -> RoutingTrace or LoadCounts."""
