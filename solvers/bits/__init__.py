@@ -1,1 +1,1 @@
-"""Budgets of bits: which planes stay in memory, how far demand is clipped, which width each expert gets. All ours, not D2MoE's."""
+"""Bits under a budget: planes that stay, demand that is clipped, widths of experts. Ours; D2MoE plans no bits."""

@@ -1,9 +1,8 @@
-"""A bound on the iteration time that holds with any cache as well: every reuse of a plane costs memory for as long as it waits.
+"""A bound on the iteration time with any cache: every reuse of a plane costs memory for as long as the plane waits.
 
-A plane that is in memory at one use without being read has been kept since its use before, or for good. Keeping bytes
-for a gap of so many iterations takes that share of the memory; all gaps kept at a time fit into it. So the reads saved
-are a fractional knapsack over uses, of weight bytes times gap, in memory times iterations. Residency is the special case
-that keeps all gaps of a plane, Belady's cache another.
+A plane that is in memory at one use without being read has been kept since its use before, or for good. All planes
+kept at a moment fit into the memory, so the reads saved are a fractional knapsack over uses, of weight bytes times gap,
+in memory times iterations. Residency is the special case that keeps all gaps of a plane, Belady's cache another.
 
 Legend: L routing sites, B iterations, E experts, K planes, U uses of a plane.
 """

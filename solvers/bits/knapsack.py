@@ -43,11 +43,15 @@ class Knapsack:
 
     def __post_init__(self) -> None:
         if self.cost_CO.shape != self.bytes_CO.shape or self.bytes_CO.ndim != 2:
-            raise UsageError(f"knapsack.cost_CO is {self.cost_CO.shape}, bytes_CO {self.bytes_CO.shape}; give one shape")
+            raise UsageError(
+                f"knapsack.cost_CO is {self.cost_CO.shape}, bytes_CO {self.bytes_CO.shape}; give one shape"
+            )
         if not (self.bytes_CO >= 0).any(axis=1).all():
             raise UsageError("knapsack.bytes_CO has a class without options; give every class at least one")
         if self.most_loss is not None and (self.loss_CO is None or self.loss_CO.shape != self.bytes_CO.shape):
-            raise UsageError(f"knapsack.most_loss is {self.most_loss} without a loss_CO of {self.bytes_CO.shape}; give it")
+            raise UsageError(
+                f"knapsack.most_loss is {self.most_loss} without a loss_CO of {self.bytes_CO.shape}; give it"
+            )
 
     def total(self, table_CO: FloatArray | IntArray, choice_C: IntArray) -> float:
         """A table's sum over the options chosen."""
@@ -97,8 +101,8 @@ def relaxation(problem: Knapsack) -> float:
 def solve_greedy(problem: Knapsack) -> KnapsackResult:
     """The hull walk made whole, then single changes and exchanges of two classes; with the relaxation as its bound.
 
-    Complexity: the relaxation's, and O(C O + 256^2) a pass of exchanges. Guarantee: without a loss limit, no worse than the
-    optimum by more than the largest single step of a hull; with one there is none. Deterministic.
+    Complexity: the relaxation's, and O(C O + 256^2) a pass of exchanges. Guarantee: without a loss limit, no worse than
+    the optimum by more than the largest single step of a hull; with one there is none. Deterministic.
     """
     started = time.perf_counter()
     bound, walks = _priced(problem)
@@ -213,7 +217,7 @@ def _walk(
 def _hull_steps(
     bytes_CO: IntArray, cost_CO: FloatArray
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatArray]:  # pragma: no cover - compiled
-    """The smallest option of every class, and the steps up its lower convex hull: class, option, more bytes, less cost."""
+    """The smallest option of each class, and the steps along its lower hull: class, option, more bytes, less cost."""
     classes, options = bytes_CO.shape
     start_C = np.zeros(classes, dtype=np.int64)
     class_S = np.empty(classes * options, dtype=np.int64)

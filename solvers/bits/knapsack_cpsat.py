@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack in CP-SAT, in a process of its own: both limits in one model, hinted by the greedy answer.
+"""The multiple-choice knapsack in CP-SAT, in a process of its own: both limits in one model, from the greedy answer.
 
 Legend: C classes, O options.
 """
@@ -23,9 +23,7 @@ COST_SCALE, LOSS_SCALE = 2**40, 2**40
 TOLERANCE = 1e-9
 
 
-def solve_cpsat_knapsack(
-    problem: Knapsack, *, time_limit_s: float, seed: int = 0, workers: int = 1
-) -> KnapsackResult:
+def solve_cpsat_knapsack(problem: Knapsack, *, time_limit_s: float, seed: int = 0, workers: int = 1) -> KnapsackResult:
     """The cheapest options within both limits, and the larger of CP-SAT's bound and the linear relaxation's.
 
     Costs that are whole numbers are taken as they are, others rounded to 2^-40 of the sum of the largest; losses are

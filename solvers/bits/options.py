@@ -60,9 +60,9 @@ class LevelOptions:
         return sites, iterations, experts
 
     def cost_LEO(self, share_LB: FloatArray) -> FloatArray:
-        """Nanoseconds of every option when a share of each site's time (0 to 1) is the disk's, the rest the processor's.
+        """Nanoseconds of every option when a share (0 to 1) of a site's time is the disk's, the rest the processor's.
 
-        For any shares, sum over experts of this is at most the sum over sites and iterations of the makespans.
+        For any shares, its sum over experts is at most the sum over sites and iterations of the makespans.
         """
         sites, _, experts = self.shape_LBE
         input_LB = (share_LB * self.tail_LB)[:, None, :]
@@ -77,7 +77,7 @@ class LevelOptions:
 
     def machine_ns_LB(self, choice_LE: IntArray) -> tuple[FloatArray, FloatArray]:
         """Time of processor and disk at every site and iteration under a choice of options, (L, B) each."""
-        sites, iterations, experts = self.shape_LBE
+        sites, iterations, _ = self.shape_LBE
         compute_LB, input_LB = np.zeros((sites, iterations)), np.zeros((sites, iterations))
         for number in range(len(self.need_MLBX)):
             here_LE = (self.at_O[choice_LE] == number).astype(np.float64)

@@ -1,9 +1,9 @@
 """QuantMoE-Bench's offline bit allocation as a knapsack: which width each expert gets under a byte budget.
 
-Its heuristics (arXiv 2406.08155): experts that are used more, the first blocks, shared experts and weights with outliers
-get more bits. They enter here as one importance per expert; the widths that lose least are then chosen exactly or by
-greedy. The paper chooses by thresholds and solves no program, and D2MoE chooses widths by trained routers: the
-programme is ours. It promises nothing about accuracy unless `loss_K` was measured.
+Its heuristics (arXiv 2406.08155): experts used more, the first blocks, shared experts and weights with outliers
+get more bits. They enter here as one importance per expert; the widths that lose least are then chosen exactly or
+greedily. The paper chooses by thresholds and solves no program, and D2MoE chooses widths by trained routers: the
+program is ours. It promises nothing about accuracy unless `loss_LEK` was measured.
 
 Legend: L layers, E experts, K widths, M modules, O rows (outputs), I columns (inputs).
 """
@@ -48,8 +48,8 @@ def allocate_bits(
 
     Notes
     -----
-    Guarantee: within the budget; bound <= optimum <= objective. An optimum is monotone: with everything else as it is, a
-    larger weight never gets a width with a larger loss (exchange argument; for answers with stopped_by "optimal").
+    Guarantee: within the budget; bound <= optimum <= objective. An optimum is monotone: all else as it is, a larger
+    weight never gets a width with a larger loss (exchange argument; for answers with stopped_by "optimal").
     Reference: QuantMoE-Bench, section 4 (heuristics) and 5 (outlier and importance scores).
     """
     if not np.isfinite(weight_LE).all() or (weight_LE < 0).any():

@@ -1,4 +1,4 @@
-"""The same iteration times as `placer.core.device.evaluate`, for plans without a cache, compiled: what planners call often.
+"""The times of `placer.core.device.evaluate` for plans without a cache, compiled: what planners call often.
 
 Legend: B iterations, L routing sites, E experts, K levels of the ladder, N tokens of an item, I items of a site.
 """
@@ -63,7 +63,7 @@ def replay(
     Complexity: O(B L I^2), and O(B L I^2 E log E) where the buffer is too small for a site's missing planes.
     """
     count_BLEK = np.ascontiguousarray(work.count_BLEK)
-    iterations, sites, experts, levels = count_BLEK.shape
+    iterations, sites = count_BLEK.shape[:2]
     compiled = order in COMPILED_RULES
     rank_BLEK = np.zeros((1, 1, 1, 1) if compiled else count_BLEK.shape, dtype=np.int64)
     if not compiled:

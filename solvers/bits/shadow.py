@@ -1,9 +1,9 @@
 """Shadow weights: how much of each site's time is the disk's, found by ascent on a bound; choices come along the way.
 
-A site's makespan is at least the larger of what processor and disk have to do, so at least any mixture of the two with
-shares 1 - s and s. For fixed shares the best choice of ceilings and resident planes is a multiple-choice knapsack, whose
-relaxation gives a bound; the shares that make it largest say where a saved read saves time, and knapsacks near them give
-good choices. Ours: D2MoE plans no bits; its budget only decides which planes stay (section 4.4, algorithm 2).
+A site's makespan is at least the larger of what processor and disk have to do, so at least any mixture of the two
+with shares 1 - s and s. For fixed shares the best ceilings and resident planes are a multiple-choice knapsack, whose
+relaxation gives a bound; the shares that make it largest say where a saved read saves time, and knapsacks near them
+give good choices. Ours: D2MoE plans no bits; its budget only decides which planes stay (section 4.4, algorithm 2).
 
 Legend: L routing sites, B iterations, E experts, O options.
 """
@@ -27,7 +27,7 @@ LEAST_STEP = 1e-3
 SAFETY = 1e-9
 MOST_CHOICES = 6
 LEAST_SHARE = 0.02
-"""Even where the processor is the bottleneck, a read less helps a little: its start, and orders that are not perfect."""
+"""Where the processor is the bottleneck, a read less helps a little still: at its start, and in imperfect orders."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,9 +54,9 @@ def ascend(
 ) -> Shadow:
     """Subgradient ascent with Polyak's steps towards the best mixture-free value seen.
 
-    `most_bytes` for resident planes beside a buffer that holds every expert's missing planes in `buffer_bytes`. Complexity:
-    O(steps (B L E K + C log C)), C the classes. Guarantee: bound_ns holds for every choice that keeps these limits,
-    whatever the steps. Deterministic.
+    `most_bytes` for resident planes, beside a buffer of `buffer_bytes` that holds any one expert's missing planes.
+    Complexity: O(steps (B L E K + C log C)), C the classes. Guarantee: bound_ns holds for every choice that keeps these
+    limits, whatever the steps. Deterministic.
     """
     sites, iterations, experts = options.shape_LBE
     share_LB = np.full((sites, iterations), 0.5) if start_LB is None else start_LB

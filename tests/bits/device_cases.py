@@ -22,7 +22,12 @@ def device_of(mbytes_per_s: float = 350.0, *, copies: bool = False, memory_mib: 
         disk=LinkClass(gbytes_per_s=mbytes_per_s / 1e3, alpha_us=3.0),
         to_device=LinkClass(gbytes_per_s=1.5, alpha_us=1.0) if copies else None,
         compute=DeviceCompute(
-            layer_us=5.0, layer_token_us=0.5, base_us=6.0, residual_us=1.5, ffn_tokens=(1, 4, 16), ffn_us=(4.0, 7.0, 19.0)
+            layer_us=5.0,
+            layer_token_us=0.5,
+            base_us=6.0,
+            residual_us=1.5,
+            ffn_tokens=(1, 4, 16),
+            ffn_us=(4.0, 7.0, 19.0),
         ),
     )
 

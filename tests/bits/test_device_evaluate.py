@@ -50,11 +50,15 @@ def test_a_cache_saves_the_second_iteration() -> None:
     speed=st.sampled_from([100.0, 1000.0, 10_000.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_compiled_twin_is_equal(seed: int, nested: bool, copies: bool, order: str, room: float, speed: float) -> None:
+def test_the_compiled_twin_is_equal(
+    seed: int, nested: bool, copies: bool, order: str, room: float, speed: float
+) -> None:
     ladder, device, work = (NESTED if nested else COPIES), device_of(speed, copies=copies), work_of(seed)
     rng = np.random.default_rng(seed + 1)
     shape = work.count_BLEK.shape[1:3]
-    plan = plan_of(work, ladder, resident_LE=rng.integers(0, 4, shape), ceiling_LE=rng.integers(1, 4, shape), order=order)
+    plan = plan_of(
+        work, ladder, resident_LE=rng.integers(0, 4, shape), ceiling_LE=rng.integers(1, 4, shape), order=order
+    )
     one, site = sum(plan.plane_bytes_K), 5 * sum(plan.plane_bytes_K)
     plan = plan_of(
         work, ladder, resident_LE=plan.resident_LE, ceiling_LE=plan.ceiling_LE, order=order,
@@ -62,8 +66,8 @@ def test_the_compiled_twin_is_equal(seed: int, nested: bool, copies: bool, order
     )  # fmt: skip
     found = evaluate_device(plan, work, device)
     twin = replay(
-        work.clipped(plan.ceiling_LE), plan.present_LEK, order=plan.order, buffer_bytes=plan.buffer_bytes, device=device,
-        ladder=ladder, plane_bytes_K=plan.plane_bytes_K,
+        work.clipped(plan.ceiling_LE), plan.present_LEK, order=plan.order, buffer_bytes=plan.buffer_bytes,
+        device=device, ladder=ladder, plane_bytes_K=plan.plane_bytes_K,
     )  # fmt: skip
     np.testing.assert_array_equal(found.makespan_ns_BL, twin.makespan_ns_BL)
     np.testing.assert_array_equal(found.read_bytes_BL, twin.read_bytes_BL)

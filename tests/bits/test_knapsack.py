@@ -40,7 +40,10 @@ def best_by_pareto(problem: Knapsack) -> float:
             found[key] = min(found.get(key, np.inf), cost + problem.cost_CO[row, option])
         reached = found
     most_loss = np.inf if problem.most_loss is None else problem.most_loss
-    return min((c for (b, l), c in reached.items() if b <= problem.most_bytes and l <= most_loss), default=np.inf)
+    return min(
+        (cost for (used, lost), cost in reached.items() if used <= problem.most_bytes and lost <= most_loss),
+        default=np.inf,
+    )
 
 
 @given(seed=st.integers(0, 2**32 - 1), limited=st.booleans())

@@ -36,10 +36,10 @@ def check_device_plan(
     if not found:
         found += _check_bytes(plan)
     found += _check_cache(plan, work)
-    if plan.objective is not None and plan.bound is not None:
-        if plan.bound > plan.objective + TOLERANCE * abs(plan.objective):
-            message = f"{plan.bound:g} is above the objective {plan.objective:g}; a bound is never above it"
-            found.append(Violation("bound", "plan.bound", message))
+    objective = np.inf if plan.objective is None else plan.objective
+    if plan.bound is not None and plan.bound > objective + TOLERANCE * abs(objective):
+        message = f"{plan.bound:g} is above the objective {objective:g}; a bound is never above it"
+        found.append(Violation("bound", "plan.bound", message))
     if index is not None:
         found += _check_planes(plan, index)
     if device is not None and plan.memory_bytes > device.memory_bytes:

@@ -1,4 +1,4 @@
-"""What a plan costs on given work: time of every iteration, bytes read, and quality lost by clipping. The one definition.
+"""What a plan costs on given work, the one definition: time of every iteration, bytes read, quality lost by clipping.
 
 Every iteration runs its sites one after another: attention, then the items of the site as a flow shop in the plan's
 order (`run_in_order`), with the planes present that are resident or in the plan's cache. `simulate` adds what is not in
@@ -97,7 +97,7 @@ def outside_ns_B(work: DeviceWork, device: DeviceSpec) -> IntArray:
 
 
 def clipping_loss_LEK(count_LEK: IntArray, error_LEK: FloatArray) -> FloatArray:
-    """What a ceiling at each level costs, (L, E, K): over all uses above it, error there less error demanded, summed."""
+    """What a ceiling at each level costs, (L, E, K): over uses above it, error there less error demanded, a sum."""
     loss_LEK = np.zeros(count_LEK.shape)
     for level in range(count_LEK.shape[2]):
         worse_LEK = error_LEK[..., level, None] - error_LEK[..., level:]
@@ -108,7 +108,9 @@ def clipping_loss_LEK(count_LEK: IntArray, error_LEK: FloatArray) -> FloatArray:
 def mean_clipping_loss(work: DeviceWork, ceiling_LE: IntArray, error_LEK: FloatArray) -> float:
     """The quality cost of ceilings: `clipping_loss_LEK` over all experts, per (token, expert) use (0 without uses)."""
     if error_LEK.shape != work.count_BLEK.shape[1:]:
-        raise MismatchError(f"errors are {error_LEK.shape}, the work is {work.count_BLEK.shape[1:]} (sites, experts, K)")
+        raise MismatchError(
+            f"errors are {error_LEK.shape}, the work is {work.count_BLEK.shape[1:]} (sites, experts, K)"
+        )
     loss_LEK = clipping_loss_LEK(work.count_BLEK.sum(axis=0), error_LEK)
     return float(np.take_along_axis(loss_LEK, ceiling_LE[..., None] - 1, axis=2).sum()) / max(1, work.count_BLEK.sum())
 
