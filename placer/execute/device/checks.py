@@ -29,7 +29,8 @@ def check_run(plan: DevicePlan, index: PlaneIndex, device: DeviceSpec) -> None:
     for name, budget in (("the plan's memory_bytes", plan.memory_bytes), ("the device", device.memory_bytes)):
         if needed > budget:
             raise InfeasibleError(
-                f"resident planes, cache and buffer need {needed} bytes and {name} allows {budget}; plan for that budget"
+                f"resident planes, cache and buffer need {needed} bytes and {name} allows {budget}; plan for that "
+                "budget"
             )
     if device.to_device is not None:
         raise UsageError("device.to_device is set; runs compute on the processor, so leave it out")

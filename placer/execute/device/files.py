@@ -52,25 +52,28 @@ class PlaneFile:
             self._handle = -1
 
     def _open(self) -> int:
+        direct = getattr(os, "O_DIRECT", 0)
         try:
-            direct = getattr(os, "O_DIRECT", 0)
-            if direct:
-                try:
-                    handle = os.open(self.path, os.O_RDONLY | direct)
-                    try:
-                        os.preadv(handle, [memoryview(self._staging)[:BLOCK_BYTES]], 0)
-                        return handle
-                    except OSError as error:
-                        os.close(handle)
-                        if error.errno != errno.EINVAL:
-                            raise
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
+            if direct and (handle := self._open_direct(direct)) is not None:
+                return handle
             self.read_mode = "dropped-cache"
             return os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise InputFileError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def _open_direct(self, flag: int) -> int | None:
+        """A handle whose first block could be read directly, or None where the file system refuses that."""
+        handle = None
+        try:
+            handle = os.open(self.path, os.O_RDONLY | flag)
+            os.preadv(handle, [memoryview(self._staging)[:BLOCK_BYTES]], 0)
+        except OSError as error:
+            if handle is not None:
+                os.close(handle)
+            if error.errno != errno.EINVAL:
+                raise
+            return None
+        return handle
 
     def read(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
         """The bytes from `offset` on, in a buffer that the next read fills anew.

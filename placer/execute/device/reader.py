@@ -68,7 +68,7 @@ class PlaneReader:
             self._memory.arena.write(units_U, self._bytes_of(plane))
 
     def settle(self, site: int) -> tuple[set[Plane], Plane | None]:
-        """Gives up expected planes that are not begun; returns those of `site` that have arrived, and the one in flight.
+        """Gives up expected planes that are not begun; returns those of `site` that are there, and the one in flight.
 
         The caller says with `need` what becomes of the latter.
         """
@@ -117,7 +117,7 @@ class PlaneReader:
         try:
             while (found := self._next()) is not None:
                 self._read(*found)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (handed to the processor's thread)
             with self.changed:
                 self._failure = error
                 self.changed.notify_all()
