@@ -6,6 +6,7 @@ The lock is the memory's too. The processor's thread never waits for a reader th
 import threading
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Self
@@ -43,22 +44,22 @@ class PlaneReader:
         self._arrived: set[Plane] = set()
         self._reading: Plane | None = None
         self._unwanted: Plane | None = None
-        self._failure: BaseException | None = None
         self._stop = False
         self._ended_ns = 0
-        self._thread = threading.Thread(target=self._serve, name="placer-plane-reader", daemon=True)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="placer-plane-reader")
+        self._served: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._served = self._pool.submit(self._serve)
+        self._served.add_done_callback(lambda _: self._wake())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.changed:
-            self._stop = True
-            self.changed.notify_all()
-        self._thread.join()
+        self._stop = True
+        self._wake()
+        self._pool.shutdown()
 
     def read_resident(self, planes: Iterable[Plane]) -> None:
         """Reads planes that stay for good, in this thread and at full speed; before anything else is asked for."""
@@ -108,19 +109,21 @@ class PlaneReader:
 
     def require_alive(self) -> None:
         """Raises what ended the reader, if anything did."""
-        if isinstance(self._failure, PlacerError):
-            raise self._failure
-        if self._failure is not None or not self._thread.is_alive():
-            raise ExecutionError(f"the thread that reads planes ended ({self._failure!r}); run again")
+        assert self._served is not None, "planes are asked for inside the reader's context"
+        if not self._served.done():
+            return
+        failure = self._served.exception()
+        if isinstance(failure, PlacerError):
+            raise failure
+        raise ExecutionError(f"the thread that reads planes ended ({failure!r}); run again") from failure
+
+    def _wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
 
     def _serve(self) -> None:
-        try:
-            while (found := self._next()) is not None:
-                self._read(*found)
-        except BaseException as error:  # noqa: BLE001 (handed to the processor's thread)
-            with self.changed:
-                self._failure = error
-                self.changed.notify_all()
+        while (found := self._next()) is not None:
+            self._read(*found)
 
     def _next(self) -> tuple[Plane, bool] | None:
         """The plane to read now, and whether the disk was busy until now; None when the run is over."""
