@@ -58,5 +58,11 @@ def row_of(group: str, policy: Policy, measured: list[Timeline], predicted: Time
 
 
 SEEN = (
-    "read_mode", "asked_bytes", "block_bytes", "disk_read_bytes", "peak_plane_bytes", "rss_before_bytes", "peak_rss_bytes",
+    "read_mode",
+    "asked_bytes",
+    "block_bytes",
+    "disk_read_bytes",
+    "peak_plane_bytes",
+    "rss_before_bytes",
+    "peak_rss_bytes",
 )

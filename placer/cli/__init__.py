@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from placer import __version__
-from placer.cli import calibrate, lab, plans, schedule, timelines, trace
+from placer.cli import calibrate, device, lab, plans, schedule, timelines, trace
 from placer.core.errors import InputFileError, PlacerError
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(trace.app, name="trace")
+app.add_typer(device.app, name="device")
 plans.register(app)
 timelines.register(app)
 schedule.register(app)

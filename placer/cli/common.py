@@ -45,7 +45,8 @@ ClusterFlag = Annotated[
     ),
 ]
 ConfigFlag = Annotated[
-    Path | None, typer.Option("--config", help="YAML with sections profile, solve, run, schedule and calibrate.")
+    Path | None,
+    typer.Option("--config", help="YAML with sections profile, solve, run, schedule, calibrate and device."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 ModelFlag = Annotated[

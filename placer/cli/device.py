@@ -1,6 +1,5 @@
 """`placer device`: one machine whose experts do not all fit: quantise, calibrate, plan, simulate, run, export."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +19,12 @@ from placer.cli.common import (
     status_line,
     warn,
 )
+from placer.cli.timelines import ChromeFlag
 from placer.core.errors import UsageError
 
 if TYPE_CHECKING:
     from placer.core.device.plan import DevicePlan
+    from placer.core.timeline import Timeline
     from placer.report.tables import DataTable
 
 __all__ = ["app"]
@@ -31,9 +32,9 @@ __all__ = ["app"]
 app = typer.Typer(
     help="One machine whose experts do not all fit into memory: bit planes, their order, caches, real reads.",
     epilog="Start: placer device quantize MODEL --text calibration.txt -o planes.safetensors; placer device calibrate "
-    "planes.safetensors --memory 512MiB -o device.yaml; placer device plan trace.safetensors --planes planes.safetensors "
-    "--device device.yaml -o plan.json; placer device run plan.json --planes planes.safetensors --device device.yaml "
-    "--trace test.safetensors -o timeline.json",
+    "planes.safetensors --memory 512MiB -o device.yaml; placer device plan trace.safetensors --planes "
+    "planes.safetensors --device device.yaml -o plan.json; placer device run plan.json --planes planes.safetensors "
+    "--device device.yaml --trace test.safetensors -o timeline.json",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -47,9 +48,6 @@ LearnFlag = Annotated[
     Path | None,
     typer.Option("--learn", help="Trace from which the predictor that prefetches learns; other requests than TRACE's."),
 ]
-ChromeFlag = Annotated[
-    Path | None, typer.Option("--chrome", help="Also write a Chrome trace (open it in Perfetto or chrome://tracing).")
-]
 
 
 @app.command(no_args_is_help=True)
@@ -61,14 +59,24 @@ def quantize(
     copies: Annotated[
         bool, typer.Option("--copies", help="A whole copy at every width instead of nested planes.")
     ] = False,
+    config: ConfigFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Turns the experts of a model into bit planes: Matryoshka quantisation, or GPTQ copies with --copies."""
-    from placer.pipeline.devices import quantize_checkpoint
+    from placer.config import load_settings
+    from placer.pipeline.device_files import quantize_checkpoint
 
     require_parent(output)
     require_distinct(output, inputs=(text,))
-    index = quantize_checkpoint(model, text, output, bits=bits, copies=copies, progress=progress_line("quantising"))
+    index = quantize_checkpoint(
+        model,
+        text,
+        output,
+        bits=bits,
+        copies=copies,
+        settings=load_settings(config).device,
+        progress=progress_line("quantising"),
+    )
     data = {
         "output": str(output),
         "ladder": index.ladder.to_dict(),
@@ -93,7 +101,7 @@ def demand(
 ) -> None:
     """Trains a bit router for every expert (D2MoE's second router) and records which bits the text demands."""
     from placer.config import load_settings
-    from placer.pipeline.devices import record_bits
+    from placer.pipeline.device_files import record_bits
 
     for path in (output, routers):
         if path is not None:
@@ -107,7 +115,7 @@ def demand(
 
 @app.command(no_args_is_help=True)
 def calibrate(
-    planes: PlanesFlag,
+    planes: Annotated[Path, typer.Argument(help="Plane file that `placer device quantize` wrote.")],
     memory: Annotated[str, typer.Option(help="What planes may fill: 512MiB, 4GiB.")],
     output: OutFlag,
     limit: Annotated[str | None, typer.Option(help="Hold the disk to a bandwidth, such as 200MB/s.")] = None,
@@ -121,7 +129,7 @@ def calibrate(
     Exit code 10, and nothing written, where the measurements do not fit the cost model.
     """
     from placer.config.devices import save_device
-    from placer.pipeline.devices import measure_device
+    from placer.pipeline.device_files import measure_device
 
     require_parent(output)
     require_distinct(output, inputs=(planes,))
@@ -163,7 +171,7 @@ def plan(
     predictor. Exit code 5 where the budget is below the smallest legal plan, which is named.
     """
     from placer.config import load_settings
-    from placer.pipeline.devices import plan_for_device
+    from placer.pipeline.device_runs import plan_for_device
 
     require_parent(output)
     require_distinct(output, inputs=(trace, planes, device))
@@ -175,7 +183,6 @@ def plan(
         max_quality_cost=max_quality_cost,
         learn=None if learn is None else read_source(learn, model, tokens=True),
         settings=load_settings(config).device,
-        progress=progress_line("planning"),
     )
     warn(warnings)
     planned.save(output)
@@ -191,7 +198,8 @@ def simulate(
     output: OutFlag,
     learn: LearnFlag = None,
     fidelity: Annotated[
-        str, typer.Option(help="flow (disk, copy engine and processor as processes) or port (closed form, no prefetch).")
+        str,
+        typer.Option(help="flow (disk, copy engine and processor as processes) or port (closed form, no prefetch)."),
     ] = "flow",
     chrome: ChromeFlag = None,
     model: ModelFlag = None,
@@ -202,7 +210,7 @@ def simulate(
     from placer.cli.timelines import finish
     from placer.config import load_settings
     from placer.core.device.plan import DevicePlan
-    from placer.pipeline.devices import predict_device
+    from placer.pipeline.device_runs import predict_device
 
     _require(output, chrome, (plan, trace, device))
     timeline, warnings = predict_device(
@@ -249,7 +257,7 @@ def run(
     from placer.cli.timelines import finish
     from placer.config import load_settings
     from placer.core.device.plan import DevicePlan
-    from placer.pipeline.devices import generate_with_device, measure_plan
+    from placer.pipeline.device_runs import generate_with_device, measure_plan
 
     if (trace is None) == (text is None) or (text is not None and model is None):
         raise UsageError("run needs either --trace TRACE, or --model DIR with --text FILE; see --help")
@@ -260,7 +268,15 @@ def run(
         assert model is not None
         assert text is not None
         timeline, said, warnings = generate_with_device(
-            loaded, planes, model, text, routers, device, max_new_tokens=max_new_tokens, progress=status_line
+            loaded,
+            planes,
+            model,
+            text,
+            routers,
+            device,
+            max_new_tokens=max_new_tokens,
+            settings=settings,
+            progress=status_line,
         )
         timelines, names = [timeline], ["measured"]
     else:
@@ -281,22 +297,30 @@ def run(
 @app.command(no_args_is_help=True)
 def export(
     plan: PlanArgument,
-    to: Annotated[str, typer.Option("--to", help="ktransformers, llamacpp or planes (a manifest any loader can read).")],
+    to: Annotated[
+        str, typer.Option("--to", help="ktransformers, llamacpp or planes (a manifest any loader can read).")
+    ],
     output: OutFlag,
     planes: Annotated[Path | None, typer.Option("--planes", help="The plane file, for --to planes.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes the plan for an engine, and says what the engine cannot express."""
     from placer.core.device.plan import DevicePlan
-    from placer.pipeline.devices import export_device
+    from placer.pipeline.device_runs import export_device
 
     require_parent(output)
     require_distinct(output, inputs=tuple(path for path in (plan, planes) if path is not None))
     launch, warnings = export_device(DevicePlan.load(plan), to, output, planes)
     warn(warnings)
-    emit(as_json, {"output": str(output), "to": to, "launch": launch, "warnings": warnings}, (), (
-        f"wrote {output}", launch,
-    ))
+    emit(
+        as_json,
+        {"output": str(output), "to": to, "launch": launch, "warnings": warnings},
+        (),
+        (
+            f"wrote {output}",
+            launch,
+        ),
+    )
 
 
 def _require(output: Path, chrome: Path | None, inputs: tuple[Path, ...]) -> None:
@@ -304,3 +328,100 @@ def _require(output: Path, chrome: Path | None, inputs: tuple[Path, ...]) -> Non
         if path is not None:
             require_parent(path)
     require_distinct(output, chrome, inputs=inputs)
+
+
+def _plane_tables(data: dict[str, Any]) -> "tuple[DataTable, ...]":
+    from placer.report.tables import DataTable
+
+    ladder = data["ladder"]
+    errors = data["error_by_level"] or [None] * len(ladder["bits"])
+    rows, total = [], 0
+    for bits, size, error in zip(ladder["bits"], data["plane_bytes"], errors, strict=True):
+        total = total + size if ladder["nested"] else size
+        rows.append((bits, size, total, None if error is None else 100 * error))
+    return (
+        DataTable(
+            title="Planes of one expert" if ladder["nested"] else "Copies of one expert",
+            columns=("bits", "bytes", "bytes needed", "output error %"),
+            rows=tuple(rows),
+            notes=("output error: squared, relative, mean over experts, on calibration text kept out of the fit",),
+        ),
+    )
+
+
+def _plan_data(plan: "DevicePlan") -> dict[str, Any]:
+    names: tuple[str, ...] = (
+        "solver",
+        "status",
+        "stopped_by",
+        "objective_name",
+        "objective",
+        "bound",
+        "bound_by",
+        "gap",
+        "order",
+        "cache",
+    )
+    names += (
+        "resident_bytes",
+        "cache_bytes",
+        "buffer_bytes",
+        "memory_bytes",
+        "prefetch_layers",
+        "quality_cost",
+        "seed",
+    )
+    levels = range(plan.ladder.levels + 1)
+    return {
+        **{name: getattr(plan, name) for name in names},
+        "bits": list(plan.ladder.bits_K),
+        "experts_by_resident_level": [int((plan.resident_LE == level).sum()) for level in levels],
+        "experts_by_ceiling": [int((plan.ceiling_LE == level).sum()) for level in levels[1:]],
+    }
+
+
+def _plan_tables(data: dict[str, Any]) -> "tuple[DataTable, ...]":
+    from placer.report.tables import DataTable
+
+    rows = [
+        ("predicted iteration us", data["objective"] / 1e3),
+        ("no plan is faster than, us", None if data["bound"] is None else data["bound"] / 1e3),
+        ("left to gain at most %", None if data["gap"] is None else 100 * data["gap"]),
+        ("resident MiB", data["resident_bytes"] / 2**20),
+        (f"cache MiB ({data['cache']})", data["cache_bytes"] / 2**20),
+        ("buffer MiB", data["buffer_bytes"] / 2**20),
+        ("error added by clipping", data["quality_cost"]),
+    ]
+    kept = [
+        (f"{bits} bits", resident, ceiling)
+        for bits, resident, ceiling in zip(
+            data["bits"], data["experts_by_resident_level"][1:], data["experts_by_ceiling"], strict=True
+        )
+    ]
+    notes = (f"order {data['order']}; the bound holds for {data['bound_by']}", data["advice"])
+    return (
+        DataTable(title="Device plan", columns=("what", "value"), rows=tuple(rows), notes=notes),
+        DataTable(
+            title="Experts by level",
+            columns=("level", "resident up to", "used at most at"),
+            rows=(("nothing", data["experts_by_resident_level"][0], None), *kept),
+        ),
+    )
+
+
+def _summary_lines(timelines: "list[Timeline]") -> list[str]:
+    lines = []
+    for timeline in timelines:
+        about = timeline.about
+        said = [f"{about[key] / 2**20:.2f} MiB {word}" for key, word in SHOWN if about.get(key) is not None]
+        mode = f" ({about['read_mode']})" if "read_mode" in about else ""
+        lines.append(f"{about['source']}: {', '.join(said)}{mode}")
+    return lines
+
+
+SHOWN = (
+    ("peak_plane_bytes", "of planes held at most"),
+    ("asked_bytes", "asked for"),
+    ("disk_read_bytes", "read from the disk, says the kernel"),
+    ("peak_rss_bytes", "peak memory of the process"),
+)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from placer.core.timeline import Timeline
     from placer.report.paired import PairedRatio
 
-__all__ = ["register"]
+__all__ = ["ChromeFlag", "finish", "register"]
 
 ChromeFlag = Annotated[
     Path | None, typer.Option("--chrome", help="Also write a Chrome trace (open it in Perfetto or chrome://tracing).")
@@ -108,7 +108,7 @@ def simulate(
         progress=progress_line("simulating"),
     )
     warn(warnings)
-    return _finish([timeline], [str(plan)], output, chrome, as_json)
+    return finish([timeline], [str(plan)], output, chrome, as_json)
 
 
 def run(
@@ -183,7 +183,7 @@ def run(
         )
         warn(warnings)
         said = [f"rank {one.rank}: {one.text!r}" for one in completions]
-        _finish([timeline], ["measured"], output, chrome, as_json, lines=said)
+        finish([timeline], ["measured"], output, chrome, as_json, lines=said)
         return
     measured = measure(
         Plan.load(plan),
@@ -205,7 +205,7 @@ def run(
         ratios["measured"] = paired_ratio(found["baseline measured"], found["measured"])
         if cluster is not None:
             ratios["predicted"] = paired_ratio(found["baseline predicted"], found["predicted"])
-    _finish(list(found.values()), list(found), output, chrome, as_json, ratios)
+    finish(list(found.values()), list(found), output, chrome, as_json, ratios)
 
 
 def compare(
@@ -229,7 +229,7 @@ def compare(
     emit(as_json, comparison.to_dict(), comparison_tables(comparison))
 
 
-def _finish(
+def finish(
     timelines: "list[Timeline]",
     names: list[str],
     output: Path,
@@ -238,6 +238,7 @@ def _finish(
     ratios: "dict[str, PairedRatio] | None" = None,
     lines: Sequence[str] = (),
 ) -> None:
+    """Writes timelines (the first to `output`), a Chrome trace where one is wanted, and says how they compare."""
     from placer.report.chrome import write_chrome_trace
     from placer.report.compare import compare as compare_timelines
     from placer.report.compare import comparison_tables

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from placer.config.device_settings import DeviceSettings
 from placer.config.strict import from_mapping, read_yaml
 from placer.core.errors import UsageError
 from placer.core.modes import ReplicaChoice
@@ -129,13 +130,14 @@ class CalibrateSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings; the sections of the YAML file are `profile`, `solve`, `run`, `schedule` and `calibrate`."""
+    """All settings; the sections of the YAML file: `profile`, `solve`, `run`, `schedule`, `calibrate` and `device`."""
 
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     run: RunSettings = field(default_factory=RunSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
+    device: DeviceSettings = field(default_factory=DeviceSettings)
 
 
 def load_settings(path: Path | None) -> Settings:

@@ -120,7 +120,9 @@ def record_bits(
     bits_LTK = trace.bits_LTK
     assert bits_LTK is not None
     count_K = [int((bits_LTK == bits).sum()) for bits in index.ladder.bits_K]
-    shares = {str(bits): round(count / sum(count_K), 4) for bits, count in zip(index.ladder.bits_K, count_K, strict=True)}
+    shares = {
+        str(bits): round(count / sum(count_K), 4) for bits, count in zip(index.ladder.bits_K, count_K, strict=True)
+    }
     return {
         "output": str(output),
         "routers": None if routers_path is None else str(routers_path),

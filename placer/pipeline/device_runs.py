@@ -21,7 +21,8 @@ from traces.demand import drawn_demand
 from traces.device_work import decode_batches, device_work, prefill_batches
 from traces.locality import offload_advice
 from traces.plane_store import load_plane_index
-from traces.predictors import fit_predictor, level_shares, predict, predicted_work
+from traces.predictors.fit import fit_predictor, predict
+from traces.predictors.work import level_shares, predicted_work
 from traces.trace import RoutingTrace
 
 __all__ = [
@@ -45,8 +46,8 @@ def work_of(
 ) -> tuple[DeviceWork, list[str]]:
     """What the settings' batches of the trace demand, and what should be told.
 
-    Bits are the trace's own; else `settings.bits` of every token; else drawn by `settings.bit_shares`; else the ladder's
-    highest. `learn`: other requests, from which the settings' predictor learns what to read ahead.
+    Bits are `settings.bits` of every token; else the trace's own; else drawn by `settings.bit_shares`; else the
+    ladder's highest. `learn`: other requests, from which the settings' predictor learns what to read ahead.
     """
     told = []
     level = None if settings.bits is None else ladder.level_of(settings.bits)
@@ -64,7 +65,9 @@ def work_of(
     if settings.predictor == "none":
         return work, told
     if learn is None:
-        raise UsageError(f"device.predictor is {settings.predictor}; give --learn, a trace of other requests to learn from")
+        raise UsageError(
+            f"device.predictor is {settings.predictor}; give --learn, a trace of other requests to learn from"
+        )
     has_bits = trace.bits_LTK is not None and level is None
     shares = None
     if has_bits:
@@ -157,9 +160,10 @@ def measure_plan(
     settings: DeviceSettings | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Timeline], list[str], list[str]]:
-    """The measured Timeline of the trace replayed under the plan, where a device is given the predicted one, and warnings.
+    """The measured Timeline of the trace replayed under the plan, the predicted one where a device is given, warnings.
 
-    The prediction is made first. Raises MismatchError for planes or a trace of another model, and what `run_device` does.
+    The prediction is made first. Raises MismatchError for planes or a trace of another model, and what `run_device`
+    does.
     """
     from placer.execute.launch import require_torch
 
