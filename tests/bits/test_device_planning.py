@@ -91,7 +91,10 @@ def test_more_memory_is_never_slower_and_the_last_is_all_resident() -> None:
     assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(bounds))
     assert evaluate_device(plans[-1], work, device_of()).read_bytes_BL.sum() == 0
     assert objectives[0] > 1.5 * objectives[-1]
-    assert plans[0].sha256 == plan_device(work, device_of(memory_mib=0.04 * all_bytes(work) / MIB), sizes_of(work), NO_CACHE).sha256
+    assert (
+        plans[0].sha256
+        == plan_device(work, device_of(memory_mib=0.04 * all_bytes(work) / MIB), sizes_of(work), NO_CACHE).sha256
+    )
     # nobody's expert has nothing to gain
     unused_LE = work.count_BLEK.sum(axis=(0, 3)) == 0
     assert unused_LE.any()

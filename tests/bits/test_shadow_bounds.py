@@ -90,7 +90,10 @@ def test_brute_force_over_residency_caches_and_orders(seed: int, speed: float, p
         return present_EK
 
     subsets = [frozenset(s) for n in range(5) for s in itertools.combinations(range(4), n)]
-    needed = [frozenset(at for at in range(4) if work.count_BLEK[b, 0, plane_P[at][0], plane_P[at][1] :].any()) for b in range(3)]
+    needed = [
+        frozenset(at for at in range(4) if work.count_BLEK[b, 0, plane_P[at][0], plane_P[at][1] :].any())
+        for b in range(3)
+    ]
     best_ns: dict[tuple[int, frozenset[int], int], float] = {}
 
     def time_of(b: int, held: frozenset[int], buffer_bytes: int) -> float:
