@@ -1,4 +1,4 @@
-"""Predicted iteration time of a small machine over memory budgets: the plan made for each, its bound, and other requests.
+"""Predicted iteration time of a small machine over memory budgets: the plan for each, its bound, and other requests.
 
     python examples/device/budget_curve.py [--trace FILE] [--iterations N] [--json FILE]
 
@@ -88,9 +88,8 @@ def main() -> None:
     whole = sum(sizes.plane_bytes_K) * model.num_sites * model.num_experts
     print(f"{planned.num_iterations} iterations planned on, {judged.num_iterations} of other requests; ", end="")
     print(f"all planes {whole / MIB:.2f} MiB; {MACHINE.name} (assumed numbers)")
-    print(
-        "budget MiB   share  ms/iter  bound ms   gap %  read MiB  others ms  order            cache  cache MiB  buffer MiB"
-    )
+    head = "budget MiB   share  ms/iter  bound ms   gap %  read MiB  others ms  order            "
+    print(head + "cache  cache MiB  buffer MiB")
     rows = []
     for share in SHARES:
         device = replace(MACHINE, memory_mib=max(share * whole, sum(sizes.plane_bytes_K)) / MIB)
