@@ -34,11 +34,12 @@ FloatArray = npt.NDArray[np.float64]
 MIB = 2**20
 BUFFER_EXPERTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 CACHE_SHARES = (0.25, 0.5, 0.75, 1.0)
-JUDGED_SITES = 2048
+JUDGED_SITES = 1024
 """Sites (times iterations) on which caches are compared first; the best of them is then judged on all."""
 
 REFINED_BUFFERS = 2
 REFINE_STEPS = 24
+SOFT_ROUNDS, SOFTNESS = 8, 0.6
 PROVEN = 1e-9
 
 
@@ -105,14 +106,15 @@ class BudgetSearch:
         best: DevicePlan | None = None
         ranked: list[tuple[float, int]] = []
         for buffer_bytes in buffers:
-            choice_LE = self._choice(shadow.share_LB, buffer_bytes, memory - buffer_bytes)
-            if choice_LE is not None:
-                plan = self._judged(self._plan(choice_LE, buffer_bytes))
-                ranked.append((plan.objective or 0.0, buffer_bytes))
-                best = _better(best, plan)
+            for share_LB in (shadow.share_LB, np.ones_like(shadow.share_LB)):
+                choice_LE = self._choice(share_LB, buffer_bytes, memory - buffer_bytes)
+                if choice_LE is not None:
+                    plan = self._judged(self._plan(choice_LE, buffer_bytes))
+                    ranked.append((plan.objective or 0.0, buffer_bytes))
+                    best = _better(best, plan)
         for plan in self._simple_plans():
             best = _better(best, self._judged(plan))
-        for _, buffer_bytes in sorted(ranked)[:REFINED_BUFFERS]:
+        for buffer_bytes in list(dict.fromkeys(size for _, size in sorted(ranked)))[:REFINED_BUFFERS]:
             refined = ascend(
                 options,
                 most_bytes=memory - buffer_bytes,
@@ -121,7 +123,7 @@ class BudgetSearch:
                 start_LB=shadow.share_LB,
                 steps=REFINE_STEPS,
             )
-            for choice_LE in refined.choices:
+            for choice_LE in (*refined.choices, *self._softened(buffer_bytes)):
                 best = _better(best, self._judged(self._plan(choice_LE, buffer_bytes)))
         if best is None:
             raise SolverError(
@@ -229,6 +231,21 @@ class BudgetSearch:
         else:
             choice_C = solve_greedy(problem).choice_C
         return None if choice_C is None else choice_C.reshape(cost_LEO.shape[:2])
+
+    def _softened(self, buffer_bytes: int) -> Iterator[IntArray]:
+        """Choices at shares that follow from the choice before: half where both machines have as much to do.
+
+        Where the bound is tight for the processor, its shadow weights say nothing about which reads delay it.
+        """
+        share_LB = np.full(self.options.shape_LBE[:2], 0.5)
+        for _ in range(SOFT_ROUNDS):
+            choice_LE = self._choice(share_LB, buffer_bytes, self.device.memory_bytes - buffer_bytes)
+            if choice_LE is None:
+                return
+            yield choice_LE
+            compute_LB, input_LB = self.options.machine_ns_LB(choice_LE)
+            ahead_LB = (input_LB - compute_LB) / np.maximum(1.0, input_LB + compute_LB)
+            share_LB = 0.5 * share_LB + 0.5 * np.clip(0.5 + ahead_LB / SOFTNESS, 0.0, 1.0)
 
     def _plan(self, choice_LE: IntArray, buffer_bytes: int) -> DevicePlan:
         resident_LE, ceiling_LE = self.options.resident_O[choice_LE], self.options.ceiling_O[choice_LE]

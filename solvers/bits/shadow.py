@@ -24,6 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 STEPS = 120
 PATIENCE = 8
 LEAST_STEP = 1e-3
+STARTS = (0.5, 0.0, 1.0)
 SAFETY = 1e-9
 MOST_CHOICES = 6
 LEAST_SHARE = 0.02
@@ -59,14 +60,16 @@ def ascend(
     limits, whatever the steps. Deterministic.
     """
     sites, iterations, experts = options.shape_LBE
-    share_LB = np.full((sites, iterations), 0.5) if start_LB is None else start_LB
-    best_share_LB, best = share_LB, -np.inf
+    best = -np.inf
     target, theta, waited = np.inf, 1.0, 0
     found: list[tuple[float, bytes, IntArray]] = []
 
     def answer_at(shares_LB: FloatArray) -> KnapsackResult:
         return solve_greedy(options.knapsack(options.cost_LEO(shares_LB), most_bytes, buffer_bytes, most_loss))
 
+    starts = [np.full((sites, iterations), share) for share in STARTS] if start_LB is None else [start_LB]
+    share_LB = max(starts, key=lambda shares_LB: answer_at(shares_LB).bound or -np.inf)
+    best_share_LB = share_LB
     for step in range(steps):
         answer = answer_at(share_LB)
         if answer.bound is None:

@@ -14,8 +14,9 @@ from placer.core.device.planes import PlaneIndex
 
 WORK = work_of(1)
 INDEX = PlaneIndex(
-    path=Path("planes.safetensors"), model="small", num_hidden_layers=2, moe_layers=(0, 1), num_experts=5, ladder=NESTED,
-    shapes=SHAPES, offset_LEK=np.zeros((2, 5, 3), dtype=np.int64), crc32_LEK=np.zeros((2, 5, 3), dtype=np.uint32),
+    path=Path("planes.safetensors"), model="small", num_hidden_layers=2, moe_layers=(0, 1), num_experts=5,
+    ladder=NESTED, shapes=SHAPES,
+    offset_LEK=np.zeros((2, 5, 3), dtype=np.int64), crc32_LEK=np.zeros((2, 5, 3), dtype=np.uint32),
     sha256="7" * 64,
 )  # fmt: skip
 DEVICE = device_of()

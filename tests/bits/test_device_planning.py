@@ -1,4 +1,4 @@
-"""Device plans under a budget: never worse than what anybody would try, above their bound, legal, and clear refusals."""
+"""Device plans under a budget: never worse than what anybody would try, above their bound, legal; clear refusals."""
 
 import itertools
 import re
@@ -103,7 +103,7 @@ def test_more_memory_is_never_slower_and_the_last_is_all_resident() -> None:
 
 def test_the_named_smallest_budget_is_enough() -> None:
     work = work_of(6)
-    with pytest.raises(InfeasibleError, match="below the smallest legal plan, .* MiB") as refused:
+    with pytest.raises(InfeasibleError, match=r"below the smallest legal plan, .* MiB") as refused:
         plan_device(work, device_of(memory_mib=0.001), sizes_of(work))
     found = re.search(r"\((\d+) bytes\): a buffer", str(refused.value))
     assert found is not None

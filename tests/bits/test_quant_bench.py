@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.core.errors import UsageError
+from solvers.bits.knapsack import Knapsack
 from solvers.bits.knapsack_cpsat import search_knapsack
 from solvers.bits.quant_bench import allocate_bits, average_bits, importance_LE, outlier_score
-from solvers.bits.knapsack import Knapsack
 
 BITS_K = (2, 3, 4, 8)
 LOSS_K = np.array([60.0, 25.0, 10.0, 0.0])

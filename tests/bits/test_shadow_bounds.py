@@ -1,4 +1,4 @@
-"""The bounds on a device plan's iteration time: below every plan, below brute force on tiny work, both machines seen."""
+"""The bounds on a device plan's iteration time: below every plan, below brute force on tiny work, tight at the ends."""
 
 import itertools
 
