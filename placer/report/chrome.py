@@ -1,7 +1,8 @@
 """Timelines as Trace Event Format JSON, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-One process per timeline, one lane per rank, a span per phase and layer, counters of what each node sends, and an arrow
-from every dispatch to the combine of the same layer and rank. Times in the file are microseconds with three decimals:
+One process per timeline, one lane per rank (a device: one for its processor, one for its disk, one for its copy
+engine), a span per phase and layer, counters of what each node sends, and an arrow from every dispatch to the combine
+of the same layer and rank. Times in the file are microseconds with three decimals:
 nanoseconds. The format is the Chromium project's document "Trace Event Format".
 
 Legend: I spans.
@@ -25,6 +26,10 @@ __all__ = ["chrome_trace", "write_chrome_trace"]
 Event = dict[str, Any]
 ITERATIONS_LANE = 0
 """Thread id of the lane that shows where iterations begin and end; rank r has the lanes r + 1, R + r + 1, ..."""
+SERVERS = ("processor", "disk", "copy engine")
+"""What a device has lanes for, in this order, before any further lanes."""
+SERVER_OF = {"load": "disk", "copy": "copy engine"}
+"""Who does a phase, where it is not the processor."""
 
 
 def chrome_trace(timelines: Sequence[Timeline], names: Sequence[str]) -> dict[str, Any]:
@@ -69,20 +74,28 @@ def write_chrome_trace(path: Path, timelines: Sequence[Timeline], names: Sequenc
 
 
 def _lanes(timeline: Timeline) -> npt.NDArray[np.int64]:
-    """Thread id of each span, (I,): each goes to its rank's first lane that is free when it starts."""
-    ranks = int(timeline.about["num_ranks"])
+    """Thread id of each span, (I,): each goes to its rank's (and server's) first lane that is free when it starts."""
+    ranks, servers = int(timeline.about["num_ranks"]), len(_servers(timeline))
     ends: dict[int, int] = {}
     lane_I = np.zeros(len(timeline.start_ns), dtype=np.int64)
     order = np.lexsort((np.arange(len(lane_I)), timeline.start_ns))
     start, duration, rank = (column.tolist() for column in (timeline.start_ns, timeline.duration_ns, timeline.rank))
+    server = [SERVERS.index(SERVER_OF.get(PHASES[phase], "processor")) for phase in timeline.phase.tolist()]
     for span in order.tolist():
-        lane = rank[span] + 1
+        copy = server[span]
+        lane = rank[span] + 1 + ranks * copy
         while duration[span] and ends.get(lane, 0) > start[span]:
-            lane += ranks
+            copy = max(copy + 1, servers)
+            lane = rank[span] + 1 + ranks * copy
         lane_I[span] = lane
         if duration[span]:
             ends[lane] = start[span] + duration[span]
     return lane_I
+
+
+def _servers(timeline: Timeline) -> tuple[str, ...]:
+    """What each rank has lanes for: itself, or a device's servers."""
+    return SERVERS if timeline.about["mode"] == "device" else ("rank",)
 
 
 def _metadata(timeline: Timeline, name: str, process: int, lane_I: npt.NDArray[np.int64]) -> Iterator[Event]:
@@ -93,9 +106,14 @@ def _metadata(timeline: Timeline, name: str, process: int, lane_I: npt.NDArray[n
     yield _named(process, ITERATIONS_LANE, "process_sort_index", {"sort_index": process})
     yield _named(process, ITERATIONS_LANE, "thread_name", {"name": "iterations"})
     yield _named(process, ITERATIONS_LANE, "thread_sort_index", {"sort_index": 0})
+    servers = _servers(timeline)
     for lane in sorted({*range(1, ranks + 1), *lane_I.tolist()}):
         rank, copy = (lane - 1) % ranks, (lane - 1) // ranks
-        title = f"rank {rank} (node {rank // per_node})" + (f" +{copy}" if copy else "")
+        title = f"rank {rank} (node {rank // per_node})"
+        if len(servers) > 1:
+            title = servers[copy] if copy < len(servers) else "device"
+            title += f" of rank {rank}" if ranks > 1 else ""
+        title += f" +{copy - len(servers) + 1}" if copy >= len(servers) else ""
         yield _named(process, lane, "thread_name", {"name": title})
         order = rank * (1 + int(lane_I.max(initial=1) - 1) // ranks) + copy + 1
         yield _named(process, lane, "thread_sort_index", {"sort_index": order})
@@ -119,11 +137,16 @@ def _spans(timeline: Timeline, process: int, lane_I: npt.NDArray[np.int64]) -> I
 
 
 def _iterations(timeline: Timeline, process: int) -> Iterator[tuple[int, Event]]:
+    """Where each iteration begins and ends; one with a span that began before the last one ended begins there."""
     length = timeline.iteration_ns().tolist()
     first = np.full(len(length), np.iinfo(np.int64).max, dtype=np.int64)
     np.minimum.at(first, timeline.iteration, timeline.start_ns)
-    for iteration, (start, duration) in enumerate(zip(first.tolist(), length, strict=True)):
+    before = 0
+    for iteration, (begin, whole) in enumerate(zip(first.tolist(), length, strict=True)):
+        start = max(before, begin)
+        duration = begin + whole - start
         if duration > 0:
+            before = start + duration
             event = {"ph": "X", "pid": process, "tid": ITERATIONS_LANE, "name": f"iteration {iteration}"}
             yield start, {**event, "cat": "iteration", "ts": _us(start), "dur": _us(duration), "args": {}}
 

@@ -22,6 +22,7 @@ ALIKE = (
     ("num_ranks", "numbers of ranks", "times on different clusters do not compare"),
     ("ranks_per_node", "ranks per node", "times on different clusters do not compare"),
     ("cluster", "clusters", "times on different clusters do not compare"),
+    ("device", "devices", "times on different devices do not compare"),
     ("model", "models", "times of different models do not compare"),
     ("trace_sha256", "traces", "the tokens were not the same"),
 )
@@ -110,8 +111,11 @@ def comparison_tables(comparison: Comparison) -> tuple[DataTable, ...]:
         cells = [cell for phase in phases for cell in (t.phase_us.get(phase), t.phase_ratio.get(phase))]
         by_phase.append((t.name, *cells))
     heads = [head for phase in phases for head in (f"{phase} us", "ratio")]
-    note = ("a phase is the sum over layers of its slowest rank, waiting included",)
-    tables.append(DataTable(title="Phases", columns=("timeline", *heads), rows=tuple(by_phase), notes=note))
+    phase_notes = ["a phase is the sum over layers of its slowest rank, waiting included"]
+    if {"load", "copy"} & set(phases):
+        phase_notes.append("load and copy: how long disk and copy engine were busy, beside the processor's phases")
+    table = DataTable(title="Phases", columns=("timeline", *heads), rows=tuple(by_phase), notes=tuple(phase_notes))
+    tables.append(table)
     if comparison.errors:
         shown = [phase for phase in phases if any(phase in error.phases for error in comparison.errors)]
         errors: list[tuple[Cell, ...]] = []

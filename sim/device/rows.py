@@ -30,8 +30,12 @@ class Rows:
         self._lines.append(line)
 
     def add_many(self, *columns: int | IntArray) -> None:
-        """Spans by columns, in the order of COLUMNS; a number stands for a column of it."""
-        self._blocks.append(np.stack(np.broadcast_arrays(*columns), axis=1))
+        """Spans by columns, in the order of COLUMNS; a number stands for a column of it, one column is an array."""
+        longest = max(column.size for column in columns if isinstance(column, np.ndarray))
+        block = np.empty((longest, len(COLUMNS)), dtype=np.int64)
+        for index, column in enumerate(columns):
+            block[:, index] = column
+        self._blocks.append(block)
 
     def table(self) -> IntArray:
         """All spans (X, columns) by iteration, start and phase."""
