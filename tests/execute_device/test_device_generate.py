@@ -11,6 +11,7 @@ from torch import nn
 
 from placer.core.errors import MismatchError, UsageError
 from placer.core.timeline import PHASES
+from placer.execute.device.bench import model_layer_times, placeholder_device
 from placer.execute.device.experts import DeviceExperts, DeviceStep
 from placer.execute.device.generate import generate_on_device
 from placer.execute.device.session import open_session
@@ -136,3 +137,10 @@ def test_generation_refuses_what_does_not_fit(folder, index, tmp_path) -> None:
     other = write_planes(Path(tmp_path) / "other", layers=3, experts=EXPERTS, hidden=HIDDEN, inner=INNER)
     refused(MismatchError, "quantise this model", planes=other)
     refused(UsageError, "levels go from 1 to 3", levels_of=lambda _, __, expert_NK: expert_NK * 0 + 4)
+
+
+@needs_transformers
+def test_the_model_s_own_layers_are_timed_for_prefill_and_decode(folder, index) -> None:
+    tokens_N, layer_N = model_layer_times(folder, index, placeholder_device(64, 1.0), repetitions=2, seed=0)
+    assert {1, 4, 8, 16, 32, 128} <= set(tokens_N.tolist())
+    assert (layer_N > 0).all()

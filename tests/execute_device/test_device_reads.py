@@ -8,12 +8,14 @@ from device_run_cases import make_device, make_device_plan, make_work, write_pla
 from hypothesis import given
 from hypothesis import strategies as st
 
+from placer.core.device.ladder import BitLadder, expert_shapes
 from placer.core.errors import InputFileError
 from placer.execute.device import run_device
 from placer.execute.device.arena import Arena
 from placer.execute.device.files import BLOCK_BYTES, PlaneFile
 from placer.execute.device.limit import RateLimit
 from placer.execute.device.system import disk_read_bytes, reset_peak_rss
+from traces.plane_store import PlaneFileHeader, save_planes
 
 SLACK_BYTES = 8 << 20
 
@@ -163,10 +165,27 @@ def test_the_arena_has_room_for_every_mixture_of_its_bytes(sizes, planes, seed) 
         np.testing.assert_array_equal(arena.read(units_U, kind).numpy(), data[step])
 
 
+def write_noise_planes(path, experts):
+    """Planes of plain noise: their weights are no numbers worth having, but they are written fast."""
+    header = PlaneFileHeader(
+        model="noise",
+        num_hidden_layers=2,
+        moe_layers=(0, 1),
+        num_experts=experts,
+        ladder=BitLadder(bits_K=(2, 3, 4)),
+        shapes=expert_shapes(512, 512),
+        about={},
+    )
+    rng = np.random.default_rng(0)
+    sizes = header.ladder.plane_bytes_K(header.shapes)
+    keys = np.ndindex(2, experts, 3)
+    return save_planes(path, header, ((*key, rng.integers(0, 256, sizes[key[2]], dtype=np.uint8)) for key in keys))
+
+
 def test_the_system_sees_the_budget(tmp_path) -> None:
     if not reset_peak_rss():
         pytest.skip("this system does not let the peak of resident memory be reset")
-    index = write_planes(tmp_path / "planes.safetensors", layers=2, experts=80, hidden=512, inner=512)
+    index = write_noise_planes(tmp_path / "planes.safetensors", experts=80)
     assert index.total_bytes > 64 << 20
     work = make_work(index, iterations=1, tokens=1, top_k=1)
     grown = {}
