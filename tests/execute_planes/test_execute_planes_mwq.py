@@ -88,6 +88,7 @@ def test_searches_never_make_it_worse_and_keep_the_gradient(seed, levels) -> Non
     code_RC = rng.integers(0, 4, (3, 20)).astype(np.uint8)
     sign_RC = rng.integers(0, 2 ** (levels - 1), (3, 20)).astype(np.uint8)
     near_CN = np.argsort(-np.abs(hessian_CC), axis=1)[:, 1:6]
+
     def total() -> float:
         found_KRC = level_weights(code_RC, sign_RC, scale_RGQ, 32)
         return float(importance_K @ output_error_K(weight_RC, found_KRC, hessian_CC))
