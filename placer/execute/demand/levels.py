@@ -9,17 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from placer.core.device.planes import PlaneIndex, plane_key
+from placer.core.device.planes import PlaneIndex
 from placer.core.errors import UsageError
 from placer.execute.experts import ExpertFile, ExpertWeights, grouped_ffn
-from placer.execute.planes import expert_weights
+from placer.execute.planes import plane_weights
 from traces.hf_config import model_from_hf_config
 from traces.plane_store import verify_planes
-from traces.tensorfile import read_tensor_file
 
 __all__ = ["LevelWeights", "LevelsOf", "full_weights", "level_weights", "run_levels"]
 
@@ -69,21 +67,14 @@ def level_weights(index: PlaneIndex) -> LevelWeights:
     Raises InputFileError. Complexity: O(L E K) times the weights of an expert, in time and in memory.
     """
     verify_planes(index)
-    arrays = read_tensor_file(index.path).arrays
-    ladder = index.ladder
-
-    def one(layer: int, expert: int) -> tuple[ExpertWeights, ...]:
-        raw_K = [torch.from_numpy(np.array(arrays[plane_key(layer, expert, plane)])) for plane in range(ladder.levels)]
-        return tuple(
-            expert_weights([raw_K[plane] for plane in ladder.planes_of(level)], ladder, index.shapes)
-            for level in range(1, ladder.levels + 1)
-        )
-
+    weights_K = [plane_weights(index, level) for level in range(1, index.ladder.levels + 1)]
+    sites, experts, _ = index.shape_LEK
     return LevelWeights(
         moe_layers=index.moe_layers,
-        bits_K=ladder.bits_K,
+        bits_K=index.ladder.bits_K,
         expert_LEK=tuple(
-            tuple(one(layer, expert) for expert in range(index.num_experts)) for layer in index.moe_layers
+            tuple(tuple(weights_of(site, expert) for weights_of in weights_K) for expert in range(experts))
+            for site in range(sites)
         ),
     )
 

@@ -17,7 +17,7 @@ from placer.execute.demand.routers import BitRouters
 from placer.execute.experts import ExpertWeights, swiglu
 from traces.summarize import Progress
 
-__all__ = ["CAPACITIES", "bit_router_loss", "train_bit_routers", "within_capacity"]
+__all__ = ["CAPACITIES", "TrainingPass", "bit_router_loss", "train_bit_routers", "within_capacity"]
 
 CAPACITIES: dict[tuple[int, ...], tuple[float, ...]] = {
     (2, 3, 4): (0.3, 0.4, 0.3),
@@ -25,8 +25,8 @@ CAPACITIES: dict[tuple[int, ...], tuple[float, ...]] = {
 }
 """D2MoE's capacity of each level, by the widths of its two ladders; other ladders get equal shares."""
 
-SEQUENCES_PER_STEP = 4
-LEARNING_RATE = 1e-2
+TOKENS_PER_STEP = 2048
+LEARNING_RATE = 2e-2
 ROUNDING = 1e-9
 
 
@@ -60,23 +60,31 @@ def train_bit_routers(
     capacity_K = _refuse_odd(alpha, steps, token_QS, capacity_K, bits_K)
     generator = torch.Generator().manual_seed(seed)
     routers = BitRouters.untrained(model, generator)
-    optimizer = torch.optim.Adam(routers.parameters(), lr=LEARNING_RATE)
-    entropy, bits, dropped = 0.0, 0.0, 0.0
+    # Adam moves every weight alike: a state of H numbers must not outweigh the bias H times
+    rates = {routers.bias_LEK: LEARNING_RATE, routers.weight_LEKH: LEARNING_RATE / model.backbone.hidden_size}
+    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rate} for tensor, rate in rates.items()])
+    sequences = max(1, TOKENS_PER_STEP // token_QS.shape[1])
+    last = {}
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - step / steps)
-        drawn = torch.randint(len(token_QS), (SEQUENCES_PER_STEP,), generator=generator)
+        for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+            group["lr"] = rate * (1 - step / steps)
+        drawn = torch.randint(len(token_QS), (sequences,), generator=generator)
         batch_BS = token_QS[drawn]
-        one = _Pass(routers, model.weights, capacity_K, generator)
+        one = TrainingPass(routers, model.weights, capacity_K, generator)
         entropy_T = next_token_loss(model.logits(batch_BS, one.run), batch_BS)
         loss = bit_router_loss(entropy_T, one.probability_L, bits_K, alpha)
         if not torch.isfinite(loss):
-            raise ExecutionError(f"step {step} has loss {loss.item()}; the planes or the model hold no numbers")
+            raise ExecutionError(
+                f"step {step} has loss {loss.detach().item()}; the planes or the model hold no numbers"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= steps - max(1, steps // 10):
-            entropy, bits, dropped = float(entropy_T.mean()), _mean_bits(one.probability_L, bits_K), one.dropped
+        last = {
+            "nats_per_token": entropy_T.detach().mean().item(),
+            "mean_bits": _mean_bits(one.probability_L, bits_K),
+            "dropped": one.dropped,
+        }
         if progress is not None:
             progress(step + 1, steps)
     routers.requires_grad_(requires_grad=False)
@@ -85,8 +93,8 @@ def train_bit_routers(
         "capacity": list(capacity_K),
         "seed": seed,
         "steps": steps,
-        "tokens": steps * SEQUENCES_PER_STEP * token_QS.shape[1],
-        "last_step": {"nats_per_token": entropy, "mean_bits": bits, "dropped": dropped},
+        "tokens": steps * sequences * token_QS.shape[1],
+        "last_step": last,
     }
     return routers
 
@@ -116,7 +124,7 @@ def within_capacity(group_X: Tensor, capacity_G: Tensor, generator: torch.Genera
     return taken_X
 
 
-class _Pass:
+class TrainingPass:
     """One forward pass of training: what every site is to run, the probabilities it gave, the share of uses dropped."""
 
     def __init__(
@@ -133,6 +141,7 @@ class _Pass:
         return self._dropped / max(1, self._uses)
 
     def run(self, site: int, hidden_TH: Tensor, expert_TC: Tensor, weight_TC: Tensor) -> Tensor:
+        """The experts' output, (T, H), differentiable in the routers."""
         expert_EK = self._weights.expert_LEK[site]
         levels = len(self._capacity_K)
         probability_TCK = self._routers.probabilities(site, hidden_TH, expert_TC)
