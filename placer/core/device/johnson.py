@@ -42,7 +42,7 @@ def johnson_order(expert_I: IntArray, plane_I: IntArray, first_ns_I: IntArray, s
             a, b = before_a + max(0, a - before_b), b + max(0, before_b - a)
             key = _key(a, b)
         found.append((key, begin, a, b))
-    ends = [begin for _, begin, _, _ in found[1:]] + [len(expert)]
+    ends = [*(begin for _, begin, _, _ in found), len(expert)][1:]
     blocks = [(key, plane[at], expert[at], at, end) for (key, at, _, _), end in zip(found, ends, strict=True)]
     blocks.sort()
     return by_id[np.array([item for *_, at, end in blocks for item in range(at, end)], dtype=np.int64)]
