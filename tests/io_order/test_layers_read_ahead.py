@@ -46,7 +46,7 @@ def test_one_layer_ends_as_its_flow_shop_does(case, attention: int, room: int, l
 
 
 def test_two_layers_by_hand() -> None:
-    """Each: attention 5, one plane read in 10 and computed in 20. Ahead, the second read ends at 25, before 5 + 30 + 5."""
+    """Each: attention 5, a plane read in 10, computed in 20. Ahead, the second read ends at 25, before 35 + 5."""
     case = make_case([[20]])
     layers, orders = [load(case, 5), load(case, 5)], [np.array([0])] * 2
     assert run_layers(layers, orders, ahead=0) == 35 + 5 + 10 + 20
