@@ -96,16 +96,15 @@ JUNK: list[Any] = [None, "x", -1, 1.5, True, [], [1], {}, {"a": 1}, [[9]], 10**3
 def test_junk_in_any_field_is_one_line_or_a_plan_that_can_be_written(tmp_path: Path, junk: Any) -> None:
     data = json.loads(make_plan().to_json())
     path = tmp_path / "plan.json"
-    refused = 0
+    refusals = []
     for field in data:
         path.write_text(json.dumps({**data, field: junk}))
         try:
             DevicePlan.load(path).to_json()
         except InputFileError as error:
-            refused += 1
-            assert str(error).startswith(f"{path}: ")
-            assert "\n" not in str(error), field
-    assert refused >= 10
+            refusals.append(str(error))
+    assert len(refusals) >= 10
+    assert [line for line in refusals if not line.startswith(f"{path}: ") or "\n" in line] == []
 
 
 def test_files_that_are_no_plans(tmp_path: Path) -> None:

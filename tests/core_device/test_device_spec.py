@@ -88,7 +88,7 @@ def test_computing_that_is_refused(field: str, value: object, says: str) -> None
 def test_a_file_without_a_field_is_named(field: str) -> None:
     data = DEVICE.to_dict()
     del data[field]
-    with pytest.raises(InputFileError, match="my.yaml: not a device description"):
+    with pytest.raises(InputFileError, match=r"my\.yaml: not a device description"):
         DeviceSpec.from_dict(data, where="my.yaml")
 
 
@@ -97,6 +97,6 @@ def test_a_file_without_a_field_is_named(field: str) -> None:
 def test_junk_is_one_line(field: str, junk: object) -> None:
     if field == "name" and junk == "x":
         return
-    with pytest.raises(InputFileError, match=r"^my.yaml: ") as raised:
+    with pytest.raises(InputFileError, match=r"^my\.yaml: ") as raised:
         DeviceSpec.from_dict({**DEVICE.to_dict(), field: junk}, where="my.yaml")
     assert "\n" not in str(raised.value)
