@@ -4,6 +4,7 @@ Disk, copy engine and processor each take the items in that one order; a plane t
 Legend: I items, in the order in which they run.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,22 @@ __all__ = ["ItemSpans", "makespan_bound_ns", "run_in_order"]
 
 IntArray = npt.NDArray[np.int64]
 
+COLUMNS = (
+    "read_start_ns_I",
+    "read_end_ns_I",
+    "copy_start_ns_I",
+    "copy_end_ns_I",
+    "compute_start_ns_I",
+    "compute_end_ns_I",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ItemSpans:
-    """Nanoseconds since the layer's routing at which each item's stages begin and end, (I,) each."""
+    """Nanoseconds since the layer's routing at which each item's stages begin and end, (I,) each.
+
+    A plane that is present has zeros for its read and copy.
+    """
 
     read_start_ns_I: IntArray
     read_end_ns_I: IntArray
@@ -42,54 +55,40 @@ def run_in_order(items: Items, times: ItemTimes, buffer_bytes: int | None = None
     never fit.
     """
     count = len(items)
-    spans = np.zeros((6, count), dtype=np.int64)
-    last = {int(expert): item for item, expert in enumerate(items.expert_I)}
-    disk = copier = processor = 0
-    held = 0
-    held_by: dict[int, int] = {}
-    # experts that will give their bytes back, in the order in which they do
-    released: list[tuple[int, int]] = []
-    for item in range(count):
-        expert = int(items.expert_I[item])
-        size = int(times.bytes_I[item])
-        ready = 0
+    expert_I, size_I = items.expert_I.tolist(), times.bytes_I.tolist()
+    read_I, copy_I, compute_I = times.read_ns_I.tolist(), times.copy_ns_I.tolist(), times.compute_ns_I.tolist()
+    columns = np.zeros((6, count), dtype=np.int64)
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    last = {expert: item for item, expert in enumerate(expert_I)}
+    disk = copier = processor = held = 0
+    held_by = dict.fromkeys(last, 0)
+    # when experts were done and what they gave back, in that order
+    released: deque[tuple[int, int]] = deque()
+    for item, (expert, size) in enumerate(zip(expert_I, size_I, strict=True)):
+        read_start = read_end = copy_start = copy_end = 0
         if size:
-            start = disk
+            read_start = disk
             while buffer_bytes is not None and held + size > buffer_bytes:
                 if not released:
                     raise InfeasibleError(
                         f"a buffer of {buffer_bytes} bytes holds {held} bytes of experts that are not done and has no "
                         f"room for {size} more; give a larger buffer"
                     )
-                when, freed = released.pop(0)
-                start, held = max(start, when), held - freed
+                when, freed = released.popleft()
+                read_start, held = max(read_start, when), held - freed
             held += size
-            held_by[expert] = held_by.get(expert, 0) + size
-            disk = start + int(times.read_ns_I[item])
+            held_by[expert] += size
+            disk = read_end = read_start + read_I[item]
             copy_start = max(copier, disk)
-            ready = copier = copy_start + int(times.copy_ns_I[item])
-            spans[:4, item] = start, disk, copy_start, copier
-        start = max(processor, ready)
-        processor = start + int(times.compute_ns_I[item])
-        spans[4:, item] = start, processor
-        if last[expert] == item and held_by.get(expert):
-            released.append((processor, held_by.pop(expert)))
-    return ItemSpans(
-        **dict(
-            zip(
-                (
-                    "read_start_ns_I",
-                    "read_end_ns_I",
-                    "copy_start_ns_I",
-                    "copy_end_ns_I",
-                    "compute_start_ns_I",
-                    "compute_end_ns_I",
-                ),
-                spans,
-                strict=True,
-            )
-        )
-    )
+            copier = copy_end = copy_start + copy_I[item]
+        start = max(processor, copy_end)
+        processor = start + compute_I[item]
+        rows.append((read_start, read_end, copy_start, copy_end, start, processor))
+        if last[expert] == item and held_by[expert]:
+            released.append((processor, held_by[expert]))
+    if rows:
+        columns[:] = np.array(rows, dtype=np.int64).T
+    return ItemSpans(**dict(zip(COLUMNS, columns, strict=True)))
 
 
 def makespan_bound_ns(times: ItemTimes) -> int:

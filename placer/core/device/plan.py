@@ -174,7 +174,7 @@ class DevicePlan:
 
 def _whole_numbers(values: Any, name: str) -> list[int]:
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f"{name} is {str(values)[:60]}; give a list of whole numbers")
+        raise ValueError(f"{name} is {str(values)[:60]!r}; give a list of whole numbers")
     return values
 
 
@@ -199,4 +199,4 @@ def _refuse_wrong_types(data: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {data[name]!r}; give a positive integer")
     hashes = data.get("hashes", {})
     if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-        raise ValueError(f"hashes is {str(hashes)[:60]}; give a table of texts")
+        raise ValueError(f"hashes is {str(hashes)[:60]!r}; give a table of texts")
