@@ -64,7 +64,7 @@ def device_rows(
 ) -> tuple[Rows, dict[str, Any]]:
     """What `simulate_device` makes its Timeline of: spans with the planes that they are about, and `about`."""
     work = _checked(plan, work, device, fidelity, iterations).clipped(plan.ceiling_LE)
-    sites = Sites(plan, device)
+    sites = Sites(plan, device, work)
     ahead_bytes = 0
     if fidelity == "port":
         rows = port_rows(plan, work, device, sites, progress)

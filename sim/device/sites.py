@@ -15,6 +15,7 @@ from placer.core.device.cache import make_cache
 from placer.core.device.items import Items, ItemTimes, layer_items, order_items
 from placer.core.device.plan import DevicePlan
 from placer.core.device.spec import DeviceSpec
+from placer.core.device.work import DeviceWork
 from sim.device.memory import Memory
 
 __all__ = ["ExpertPlane", "SiteTask", "Sites"]
@@ -59,11 +60,13 @@ class Sites:
     used_ahead_bytes   bytes of the latter
     """
 
-    def __init__(self, plan: DevicePlan, device: DeviceSpec) -> None:
+    def __init__(self, plan: DevicePlan, device: DeviceSpec, future: DeviceWork) -> None:
         self._plan, self._device = plan, device
         self._resident_LEK = plan.present_LEK
         shape = self._resident_LEK.shape
-        self._cache = make_cache(plan.cache, shape, plan.plane_bytes_K, plan.cache_bytes)
+        self._cache = make_cache(
+            plan.cache, shape, plan.plane_bytes_K, plan.cache_bytes, future=future, nested=plan.ladder.nested
+        )
         self._bytes_K = np.asarray(plan.plane_bytes_K, dtype=np.int64)
         self.memory = Memory(shape, plan.cache_bytes, plan.buffer_bytes)
         self.cache_hits = self.demand_reads = self.prefetched = self.prefetch_used = self.used_ahead_bytes = 0

@@ -65,7 +65,14 @@ def evaluate_device(
     """
     clipped = _refuse_or_clip(plan, work)
     iterations, sites, experts, levels = clipped.count_BLEK.shape
-    cache = make_cache(plan.cache, (sites, experts, levels), plan.plane_bytes_K, plan.cache_bytes)
+    cache = make_cache(
+        plan.cache,
+        (sites, experts, levels),
+        plan.plane_bytes_K,
+        plan.cache_bytes,
+        future=clipped,
+        nested=plan.ladder.nested,
+    )
     resident_LEK = plan.present_LEK
     makespan_ns_BL = np.zeros((iterations, sites), dtype=np.int64)
     read_bytes_BL = np.zeros_like(makespan_ns_BL)

@@ -32,6 +32,8 @@ def check_run(plan: DevicePlan, index: PlaneIndex, device: DeviceSpec) -> None:
                 f"resident planes, cache and buffer need {needed} bytes and {name} allows {budget}; plan for that "
                 "budget"
             )
+    if plan.cache == "belady":
+        raise UsageError("the plan's cache is belady, which has to know the future; simulate it, or run lru or d2moe")
     if device.to_device is not None:
         raise UsageError("device.to_device is set; runs compute on the processor, so leave it out")
 
