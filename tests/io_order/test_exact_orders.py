@@ -96,6 +96,15 @@ def test_hebf_wastes_time_beside_a_resident_base_plane_and_resident_first_does_n
     assert solve_by_rule(case.items, case.times).objective == 21
 
 
+def test_hebf_can_take_nearly_twice_the_optimum_where_reads_differ() -> None:
+    """The hottest expert takes as long to read as a hundred others take to compute; nothing takes more than twice."""
+    case = make_case([[11]] + [[10]] * 100, read_EK=[[1000]] + [[1]] * 100)
+    hebf, best = solve_by_rule(case.items, case.times, "hebf"), solve_by_rule(case.items, case.times)
+    assert hebf.objective == 1000 + 11 + 1000
+    assert best.objective == 100 + 1000 + 11
+    assert 1.8 < hebf.objective / best.objective <= 2
+
+
 def test_any_rule_says_how_far_from_the_optimum_it_may_be() -> None:
     case = make_case([[11], [10]], present_EK=[[False], [True]])
     hebf = solve_by_rule(case.items, case.times, "hebf")

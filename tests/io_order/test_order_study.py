@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_study_runs_and_its_ratios_are_those_of_orders(tmp_path: Path) -> None:
     out = tmp_path / "study.json"
     done = subprocess.run(
-        [sys.executable, "examples/device/order_study.py", "--instances", "24", "--seed", "3", "--json", str(out)],
+        [sys.executable, "examples/device/order_study.py", "--instances", "12", "--seed", "3", "--json", str(out)],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -21,7 +21,7 @@ def test_the_study_runs_and_its_ratios_are_those_of_orders(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert found["agreement"]["equal"] == found["agreement"]["instances"] == 24
+    assert found["agreement"]["equal"] == found["agreement"]["instances"] == 12
     worst = {(row["family"], row["rule"]): row for row in found["worst"]}
     assert worst["uniform", "hebf"]["worst found"] == 1.0
     assert worst["resident", "hebf"]["worst found"] > 1.0
@@ -33,5 +33,5 @@ def test_the_study_runs_and_its_ratios_are_those_of_orders(tmp_path: Path) -> No
         assert min(two["mean"] for two in ours.values()) >= 1.0
     for row in found["buffers"]:
         assert row["optimum/unlimited"]["mean"] >= 1.0
-        assert min(row[rule]["mean"] for rule in ("by_id", "hebf", "johnson")) >= 1.0
+        assert min(two["mean"] for two in row["over the optimum"].values()) >= 1.0
     assert all(row["everything"]["mean"] >= row["one layer"]["mean"] >= 1.0 for row in found["ahead"])

@@ -108,7 +108,7 @@ def _safe(state: State, held_at: dict[int, int], buffer_bytes: int) -> bool:
     behind = 0
     for misses in sorted(after, reverse=True):
         behind += after[misses]
-        if after[misses] and misses + behind > buffer_bytes:
+        if misses + behind > buffer_bytes:
             return False
     return True
 
