@@ -1,4 +1,4 @@
-"""QMoE's codec: the rates measured with the authors' dictionary, a coder that writes real codewords, bytes, bad input."""
+"""QMoE's codec: rates of the authors' dictionary, a coder that writes real codewords, bytes, bad input."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,11 @@ def test_bytes_and_levels() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "name"),
-    [({"zero_share": 1.5}, "zero_share"), ({"zero_share": "a"}, "zero_share"), ({"decode_factor": 0.5}, "decode_factor")],
+    [
+        ({"zero_share": 1.5}, "zero_share"),
+        ({"zero_share": "a"}, "zero_share"),
+        ({"decode_factor": 0.5}, "decode_factor"),
+    ],
 )
 def test_bad_codecs_are_one_line(fields, name) -> None:
     with pytest.raises(UsageError, match=f"codec.{name} is .*; give a number") as caught:

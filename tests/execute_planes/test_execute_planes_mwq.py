@@ -1,4 +1,4 @@
-"""Matryoshka planes of one matrix: as good as GPTQ at every width, monotone, deterministic; the kernels against numpy."""
+"""Matryoshka planes of one matrix: as good as GPTQ at every width, monotone, deterministic; kernels against numpy."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from placer.execute.planes.kernels import compensated_codes, descend, kick, leve
 from placer.execute.planes.mwq import matryoshka
 
 
-def correlated_layer(seed, rows=48, columns=64, decay=0.6, tokens=512):
+def correlated_layer(seed, rows=48, columns=64, decay=0.4, tokens=512):
     """Weights (R, C) and inputs (T, C) whose neighbouring columns correlate."""
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((tokens, columns))
@@ -88,6 +88,7 @@ def test_searches_never_make_it_worse_and_keep_the_gradient(seed, levels) -> Non
     code_RC = rng.integers(0, 4, (3, 20)).astype(np.uint8)
     sign_RC = rng.integers(0, 2 ** (levels - 1), (3, 20)).astype(np.uint8)
     near_CN = np.argsort(-np.abs(hessian_CC), axis=1)[:, 1:6]
+
     def total() -> float:
         found_KRC = level_weights(code_RC, sign_RC, scale_RGQ, 32)
         return float(importance_K @ output_error_K(weight_RC, found_KRC, hessian_CC))
