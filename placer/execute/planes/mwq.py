@@ -19,7 +19,7 @@ __all__ = ["matryoshka"]
 FloatArray = npt.NDArray[np.float64]
 CodeArray = npt.NDArray[np.uint8]
 
-ROUNDS, PLAIN_ROUNDS, SWEEPS, NEAREST = 12, 4, 4, 16
+ROUNDS, PLAIN_ROUNDS, SWEEPS, NEAREST = 10, 4, 4, 24
 RIDGE = 1e-6
 
 
@@ -61,11 +61,11 @@ def matryoshka(weight_RC: FloatArray, hessian_CC: FloatArray, factor_CC: FloatAr
 
 
 def _first_scales(weight_RC: FloatArray, factor_CC: FloatArray, ladder: BitLadder) -> FloatArray:
-    """An even grid over the range that suits the highest width best, halved by every residual; (R, G, Q)."""
+    """An even grid over the range that suits the second width best, halved by every residual; (R, G, Q)."""
     bits_K = ladder.bits_K
-    last = bits_K[-1]
-    grid_RG2 = clipped_grid(weight_RC, last, ladder.group_size, np.diag(factor_CC) ** -2)
-    step_RG = grid_RG2[..., 1] * 2.0 ** (last - bits_K[0])
+    middle = bits_K[min(1, len(bits_K) - 1)]
+    grid_RG2 = clipped_grid(weight_RC, middle, ladder.group_size, np.diag(factor_CC) ** -2)
+    step_RG = grid_RG2[..., 1] * 2.0 ** (middle - bits_K[0])
     offset_RG = grid_RG2[..., 0] + (step_RG - grid_RG2[..., 1]) / 2
     residuals = [step_RG / 2 ** (k + 1) for k in range(1, len(bits_K))]
     return half(np.stack([offset_RG, step_RG, *residuals], axis=-1))
