@@ -1,4 +1,4 @@
-"""QMoE's codec: the rates measured with the authors' dictionary, a coder that writes real codewords, bytes, bad input."""
+"""QMoE's codec: rates of the authors' dictionary, a coder that writes real codewords, bytes, bad input."""
 
 import numpy as np
 import pytest

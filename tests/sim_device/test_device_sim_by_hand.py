@@ -146,7 +146,7 @@ def test_a_plane_is_lost_that_finds_no_room_in_the_cache(
 
     Expert 0 is done while 2 is still needed: it waits in the buffer, and is lost where expert 1 needs its room.
     """
-    monkeypatch.setattr("sim.device.sites.make_cache", lambda policy, *sizes: KeepsTheNew(*sizes))
+    monkeypatch.setattr("sim.device.sites.make_cache", lambda policy, *sizes, **_: KeepsTheNew(*sizes))
     work = work_of([[[[0], [0], [1]]], [[[3], [2], [1]]], [[[1], [1], [0]]]])
     plan = plan_of(work, ONE, cache="lru", cache_bytes=2000, buffer_bytes=buffer_bytes)
     spans, about = spans_of(plan, work, device_of(), fidelity=fidelity)

@@ -33,24 +33,50 @@ def _values(code: int, sign: int, scale_Q: Any, out_K: Any) -> None:
 
 
 @numba.njit(cache=True)
-def _nearest(target_K: Any, scale_Q: Any, importance_K: Any, top: int, code: int) -> tuple[int, int]:
+def _sums(scale_GQ: Any, importance_K: Any) -> Any:
+    """For every group and signs (G, 2^(K-1), K + 2): importance * shift of every level, its sum, and that of squares.
+
+    A level's shift is what offset and residuals add up to.
+    """
+    levels = len(importance_K)
+    sums_GSX = np.zeros((len(scale_GQ), 1 << (levels - 1), levels + 2))
+    for g in range(len(scale_GQ)):
+        for sign in range(1 << (levels - 1)):
+            shift = scale_GQ[g, 0]
+            for k in range(levels):
+                if k:
+                    shift += _residual(sign, k, scale_GQ[g])
+                sums_GSX[g, sign, k] = importance_K[k] * shift
+                sums_GSX[g, sign, levels] += importance_K[k] * shift
+                sums_GSX[g, sign, levels + 1] += importance_K[k] * shift**2
+    return sums_GSX
+
+
+@numba.njit(cache=True)
+def _nearest(
+    target_K: Any, scale_Q: Any, importance_K: Any, total: float, sums_SX: Any, top: int, code: int
+) -> tuple[int, int]:
     """The code and signs whose values are nearest to the levels' targets; exact. A `code` from 0 is kept.
 
-    For given signs the sum of squares is a parabola in the code, so rounding its vertex is the best.
+    `total` is the importance of all levels, `sums_SX` the group's `_sums`. For given signs the sum of squares is a
+    parabola in the code, so rounding its vertex is the best.
     """
-    levels, step, total = len(target_K), scale_Q[1], importance_K.sum()
+    levels, step = len(target_K), scale_Q[1]
+    mean_target = 0.0
+    for k in range(levels):
+        mean_target += importance_K[k] * target_K[k]
+    curve = total * step
+    inverse = 1.0 / curve if curve != 0.0 else 0.0
     best_code, best_sign, best = 0, 0, np.inf
-    for sign in range(1 << (levels - 1)):
-        shift, mean, square = scale_Q[0], 0.0, 0.0
+    for sign in range(len(sums_SX)):
+        mean = mean_target - sums_SX[sign, levels]
+        error = sums_SX[sign, levels + 1]
         for k in range(levels):
-            if k:
-                shift += _residual(sign, k, scale_Q)
-            mean += importance_K[k] * (target_K[k] - shift)
-            square += importance_K[k] * (target_K[k] - shift) ** 2
-        chosen = max(code, 0)
-        if code < 0 and step != 0.0:
-            chosen = int(min(max(math.floor(mean / (total * step) + 0.5), 0.0), float(top)))
-        error = square + step * chosen * (total * step * chosen - 2.0 * mean)
+            error -= 2.0 * target_K[k] * sums_SX[sign, k]
+        chosen = code
+        if code < 0:
+            chosen = int(min(max(math.floor(mean * inverse + 0.5), 0.0), float(top)))
+        error += step * chosen * (curve * chosen - 2.0 * mean)
         if error < best:
             best_code, best_sign, best = chosen, sign, error
     return best_code, best_sign
@@ -83,13 +109,15 @@ def compensated_codes(
     sign_RC = np.empty((rows, columns), dtype=np.uint8)
     left_KC = np.empty((levels, columns))
     target_K, value_K = np.empty(levels), np.empty(levels)
+    total = importance_K.sum()
     for r in range(rows):
+        sums_GSX = _sums(scale_RGQ[r], importance_K)
         for k in range(levels):
             left_KC[k] = weight_RC[r]
         for c in range(columns):
             scale_Q = scale_RGQ[r, c // group]
             target_K[:] = left_KC[:, c]
-            code, sign = _nearest(target_K, scale_Q, importance_K, top, -1)
+            code, sign = _nearest(target_K, scale_Q, importance_K, total, sums_GSX[c // group], top, -1)
             code_RC[r, c], sign_RC[r, c] = code, sign
             _values(code, sign, scale_Q, value_K)
             for k in range(levels):
@@ -135,6 +163,8 @@ def _settle(
     hessian_CC: Any,
     scale_GQ: Any,
     importance_K: Any,
+    total: float,
+    sums_GSX: Any,
     top: int,
     group: int,
     column_N: Any,
@@ -149,7 +179,7 @@ def _settle(
         _values(code_C[c], sign_C[c], scale_Q, before_K)
         for k in range(len(target_K)):
             target_K[k] = before_K[k] + gradient_KC[k, c] / hessian_CC[c, c]
-        code, sign = _nearest(target_K, scale_Q, importance_K, top, -1)
+        code, sign = _nearest(target_K, scale_Q, importance_K, total, sums_GSX[c // group], top, -1)
         if code != code_C[c] or sign != sign_C[c]:
             change += _move(
                 code_C, sign_C, gradient_KC, hessian_CC, scale_Q, importance_K, c, code, sign, before_K, value_K
@@ -176,7 +206,9 @@ def descend(
     levels, rows, columns = gradient_KRC.shape
     before_K, value_K, target_K = np.empty(levels), np.empty(levels), np.empty(levels)
     column_C = np.arange(columns)
+    total = importance_K.sum()
     for r in range(rows):
+        sums_GSX = _sums(scale_RGQ[r], importance_K)
         for _ in range(sweeps):
             change = _settle(
                 code_RC[r],
@@ -185,6 +217,8 @@ def descend(
                 hessian_CC,
                 scale_RGQ[r],
                 importance_K,
+                total,
+                sums_GSX,
                 top,
                 group,
                 column_C,
@@ -220,8 +254,10 @@ def kick(
     higher_K = importance_K.copy()
     if levels > 1:
         higher_K[0] = 0.0
+    total, higher_total = importance_K.sum(), higher_K.sum()
     for r in range(rows):
         scale_GQ = scale_RGQ[r]
+        sums_GSX, higher_GSX = _sums(scale_GQ, importance_K), _sums(scale_GQ, higher_K)
         code_C, sign_C = code_RC[r].copy(), sign_RC[r].copy()
         gradient_KC[:] = gradient_KRC[:, r]
         for c in range(columns):
@@ -235,7 +271,7 @@ def kick(
                     _values(code_RC[r, c], sign, scale_Q, before_K)
                     for k in range(levels):
                         target_K[k] = before_K[k] + gradient_KC[k, c] / hessian_CC[c, c]
-                    sign = _nearest(target_K, scale_Q, higher_K, top, code)[1]
+                    sign = _nearest(target_K, scale_Q, higher_K, higher_total, higher_GSX[c // group], top, code)[1]
                 else:
                     sign ^= 1 << (push - 2)
                 change = _move(
@@ -248,6 +284,8 @@ def kick(
                     hessian_CC,
                     scale_GQ,
                     importance_K,
+                    total,
+                    sums_GSX,
                     top,
                     group,
                     near_CN[c],

@@ -19,7 +19,7 @@ __all__ = ["matryoshka"]
 FloatArray = npt.NDArray[np.float64]
 CodeArray = npt.NDArray[np.uint8]
 
-ROUNDS, PLAIN_ROUNDS, SWEEPS, NEAREST = 14, 4, 4, 16
+ROUNDS, PLAIN_ROUNDS, SWEEPS, NEAREST = 10, 4, 4, 24
 RIDGE = 1e-6
 
 
@@ -54,7 +54,7 @@ def matryoshka(weight_RC: FloatArray, hessian_CC: FloatArray, factor_CC: FloatAr
         if not ratio_K.mean() > 0:
             break
         _refit_scales(code_RC, sign_RC, gradient_KRC, hessian_CC, scale_RGQ, importance_K, group)
-        importance_K = importance_K * np.clip(ratio_K / ratio_K.mean(), 0.5, 2)
+        importance_K = importance_K * np.clip(ratio_K / ratio_K.mean(), 0.5, 2) ** 2
         importance_K /= (importance_K * alone_K).mean()
     assert best is not None
     return best

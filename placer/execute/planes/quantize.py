@@ -99,6 +99,11 @@ def quantize_model(
                     weights = file.load(backbone.layer_L[site], expert, dtype=torch.float32)
                     _check_finite(weights, model_path, backbone.layer_L[site], expert)
                     hessians = _filled_up(inputs, mean_HH)
+                    if not all(np.isfinite(hessian).all() for hessian in hessians):
+                        raise InputFileError(
+                            f"{model_path}: the inputs of layer {backbone.layer_L[site]} expert {expert} are no "
+                            "numbers; the checkpoint is damaged"
+                        )
                     planes = quantize_matrices(weights, hessians, ladder, method)
                     rows_XH = _rows(inputs, hessians[0])
                     for level in range(1, ladder.levels + 1):
