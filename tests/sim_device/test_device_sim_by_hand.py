@@ -146,7 +146,7 @@ def test_a_plane_is_lost_that_finds_no_room_in_the_cache(
 
     Expert 0 is done while 2 is still needed: it waits in the buffer, and is lost where expert 1 needs its room.
     """
-    monkeypatch.setattr("sim.device.sites.make_cache", lambda policy, *sizes: KeepsTheNew(*sizes))
+    monkeypatch.setattr("sim.device.sites.make_cache", lambda policy, *sizes, **_: KeepsTheNew(*sizes))
     work = work_of([[[[0], [0], [1]]], [[[3], [2], [1]]], [[[1], [1], [0]]]])
     plan = plan_of(work, ONE, cache="lru", cache_bytes=2000, buffer_bytes=buffer_bytes)
     spans, about = spans_of(plan, work, device_of(), fidelity=fidelity)
@@ -195,6 +195,13 @@ def test_refuses(plan: Any, options: Any, kind: type[PlacerError], words: str) -
         simulate_device(plan, WORK, device_of(), **options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_a_device_is_summed_up() -> None:
+    timeline = simulate_device(plan_of(WORK), WORK, device_of())
+    timeline.about["mode"] = "per_rank"
+    with pytest.raises(UsageError, match="mode 'per_rank'; give one of a device"):
+        summarize_device(timeline)
 
 
 def test_about_says_what_was_simulated() -> None:
