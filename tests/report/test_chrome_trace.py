@@ -216,3 +216,81 @@ def test_iterations_are_drawn_end_to_end() -> None:
 def test_needs_one_name_for_each() -> None:
     with pytest.raises(UsageError, match="1 timelines but 2 names"):
         chrome_trace([one()], ["a", "b"])
+
+
+def test_a_device_has_lanes_for_processor_disk_and_copy_engine() -> None:
+    rows = [
+        (0, 0, "attention", 0, 0, 100, 0, 0, 4),
+        (0, 0, "load", 0, 100, 200, 0, 2000, 0),
+        (0, 0, "load", 0, 300, 200, 0, 1000, 0),
+        (0, 0, "copy", 0, 300, 50, 0, 2000, 0),
+        (0, 0, "experts", 0, 350, 400, 0, 0, 3),
+    ]
+    trace = chrome_trace([timeline(rows, num_ranks=1, mode="device")], ["plan"])
+    validate(trace)
+    names = {event["tid"]: event["args"]["name"] for event in events(trace, "M", name="thread_name")}
+    assert names == {0: "iterations", 1: "processor", 2: "disk", 3: "copy engine"}
+    lanes = {(e["name"], e["tid"]) for e in events(trace, "X") if e["cat"] != "iteration"}
+    assert lanes == {("attention", 1), ("load", 2), ("copy", 3), ("experts", 1)}
+    (first, _) = events(trace, "X", tid=2)
+    assert first["args"]["received_bytes"] == 2000
+
+
+def test_overlapping_spans_of_a_device_go_to_a_further_lane() -> None:
+    rows = [
+        (0, 0, "load", 0, 0, 100, 0, 9, 0),
+        (0, 0, "experts", 0, 0, 50, 0, 0, 1),
+        (0, 0, "load", 0, 50, 60, 0, 9, 0),
+    ]
+    trace = chrome_trace([timeline(rows, num_ranks=1, mode="device")], ["plan"])
+    validate(trace)
+    names = {event["tid"]: event["args"]["name"] for event in events(trace, "M", name="thread_name")}
+    assert names == {0: "iterations", 1: "processor", 2: "disk", 4: "device +1"}
+    assert [e["tid"] for e in events(trace, "X", name="load")] == [2, 4]
+
+
+def test_a_read_that_ends_in_the_next_iteration_is_no_overlap_of_iterations() -> None:
+    rows = [
+        (0, 0, "experts", 0, 0, 100, 0, 0, 1),
+        (1, 0, "load", 0, 80, 50, 0, 9, 0),
+        (1, 0, "experts", 0, 100, 70, 0, 0, 1),
+    ]
+    trace = chrome_trace([timeline(rows, num_ranks=1, mode="device")], ["plan"])
+    validate(trace)
+    assert [(e["ts"], e["dur"]) for e in events(trace, "X", tid=0)] == [(0.0, 0.1), (0.1, 0.07)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_simulated_device_is_a_valid_trace(ahead: int) -> None:
+    from placer.core.cluster import LinkClass
+    from placer.core.device.ladder import LADDERS
+    from placer.core.device.plan import DevicePlan
+    from placer.core.device.spec import DeviceCompute, DeviceSpec
+    from placer.core.device.work import DeviceWork
+    from sim.device import simulate_device
+
+    rng = np.random.default_rng(0)
+    count_BLEK, predicted_BLEK = rng.integers(0, 3, (2, 4, 3, 6, 3))
+    work = DeviceWork(tokens_B=np.full(4, 8), count_BLEK=count_BLEK, predicted_BLEK=predicted_BLEK)
+    plan = DevicePlan(
+        model="m",
+        num_hidden_layers=3,
+        moe_layers=(0, 1, 2),
+        num_experts=6,
+        ladder=LADDERS["v1"],
+        plane_bytes_K=(2000, 1000, 1000),
+        resident_LE=rng.integers(0, 4, (3, 6)),
+        ceiling_LE=np.full((3, 6), 3),
+        buffer_bytes=48_000,
+        memory_bytes=2**20,
+        prefetch_layers=ahead,
+    )
+    compute = DeviceCompute(layer_us=5.0, base_us=6.0, residual_us=2.0, ffn_tokens=(1, 8), ffn_us=(4.0, 9.0))
+    link = LinkClass(gbytes_per_s=1.0, alpha_us=5.0)
+    device = DeviceSpec(name="d", memory_mib=1, disk=link, compute=compute, to_device=link)
+    run = simulate_device(plan, work, device)
+    trace = chrome_trace([run], ["plan"])
+    validate(trace)
+    names = {event["tid"]: event["args"]["name"] for event in events(trace, "M", name="thread_name")}
+    assert names == {0: "iterations", 1: "processor", 2: "disk", 3: "copy engine"}
+    assert len(events(trace, "X", name="load")) == np.count_nonzero(run.phase == PHASES.index("load")) > 0

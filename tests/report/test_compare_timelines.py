@@ -6,6 +6,7 @@ import pytest
 from report_cases import iteration_rows, one, timeline
 
 from placer.core.errors import UsageError
+from placer.core.timeline import Timeline
 from placer.report.compare import compare, comparison_tables
 
 
@@ -129,3 +130,26 @@ def test_tables_hold_the_same_numbers() -> None:
 def test_refuses(timelines: list, names: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         compare(timelines, names)
+
+
+def test_a_device_shows_disk_and_copy_engine_beside_the_processor() -> None:
+    def device(stretch: int, **about: object) -> Timeline:
+        rows = [
+            (0, 0, "attention", 0, 0, 1000, 0, 0, 4),
+            (0, 0, "load", 0, 1000, 2000 * stretch, 0, 2000, 0),
+            (0, 0, "copy", 0, 1000 + 2000 * stretch, 500, 0, 2000, 0),
+            (0, 0, "experts", 0, 1500 + 2000 * stretch, 1500, 0, 0, 3),
+        ]
+        return timeline(rows, mode="device", num_ranks=1, **about)
+
+    result = compare([device(1), device(2, source="measured")], ["simulated", "measured"])
+    assert result.warnings == ()
+    (error,) = result.errors
+    assert error.total == pytest.approx(5 / 7 - 1)
+    assert error.phases == pytest.approx({"attention": 0, "experts": 0, "load": -0.5, "copy": 0})
+    _, phases, _ = comparison_tables(result)
+    assert phases.columns[1::2] == ("attention us", "experts us", "load us", "copy us")
+    assert any("load and copy" in note for note in phases.notes)
+    assert len(comparison_tables(compare([one()], ["x"]))[1].notes) == 1
+    (warning,) = compare([device(1, device="a"), device(1, device="b")], ["x", "y"]).warnings
+    assert "different devices (x: a, y: b)" in warning

@@ -197,6 +197,13 @@ def test_refuses(plan: Any, options: Any, kind: type[PlacerError], words: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_only_a_device_is_summed_up() -> None:
+    timeline = simulate_device(plan_of(WORK), WORK, device_of())
+    timeline.about["mode"] = "per_rank"
+    with pytest.raises(UsageError, match="mode 'per_rank'; give one of a device"):
+        summarize_device(timeline)
+
+
 def test_about_says_what_was_simulated() -> None:
     plan = plan_of(WORK, NESTED)
     about = simulate_device(plan, WORK, device_of(), trace_sha256="f" * 64).about
