@@ -22,8 +22,8 @@ class DevicePlanSettings:
     solver              who solves the knapsack of the last step: greedy with exchanges, or CP-SAT within time_limit_s
     """
 
-    orders: tuple[OrderRule, ...] = ("hebf", "resident_first")
-    caches: tuple[CachePolicy, ...] = ("none", "lru")
+    orders: tuple[OrderRule, ...] = ("johnson", "resident_first", "by_id")
+    caches: tuple[CachePolicy, ...] = ("none", "lru", "d2moe")
     most_quality_cost: float | None = None
     solver: Literal["greedy", "cpsat"] = "greedy"
     time_limit_s: float = 10.0

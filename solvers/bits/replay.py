@@ -23,7 +23,7 @@ BoolArray = npt.NDArray[np.bool_]
 COMPILED_RULES: tuple[OrderRule, ...] = ("by_id", "hebf", "resident_first", "hebf_exact")
 """Rules that are compiled here; another goes through `order_items`, site by site."""
 
-EXACT_RULE = COMPILED_RULES.index("hebf_exact")
+EXACT_RULE, RESIDENT_RULE = COMPILED_RULES.index("hebf_exact"), COMPILED_RULES.index("resident_first")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -142,14 +142,16 @@ def _replay(
                         key_I3[size, :] = 0
                         key_I3[size, 0] = rank_BLEK[iteration, site, expert, plane]
                     else:
-                        key_I3[size, 0] = 1 if rule == 2 and not present else 0
-                        key_I3[size, 1], key_I3[size, 2], key_I3[size, 3] = -heat, plane, expert
+                        tokens = count_BLEK[iteration, site, expert, plane]
+                        key_I3[size, 0] = 1 if rule == RESIDENT_RULE and not present else 0
+                        key_I3[size, 1] = -tokens if rule == EXACT_RULE else -heat
+                        key_I3[size, 2], key_I3[size, 3] = plane, expert
                     size += 1
                 total += missing
                 if missing > buffer_bytes:
                     return makespan_ns_BL, read_bytes_BL, missing
-            if rule == 3:
-                _heads_first(count_BLEK[iteration, site], expert_I, plane_I, size, order_I)
+            if rule > 0:
+                _heads_first(key_I3, expert_I, size, order_I)
             else:
                 _sorted(key_I3, size, order_I)
             if total > buffer_bytes:
@@ -183,23 +185,49 @@ def _sorted(key_I3: IntArray, size: int, order_I: IntArray) -> None:  # pragma: 
 
 @njit(cache=True)
 def _heads_first(
-    count_EK: IntArray, expert_I: IntArray, plane_I: IntArray, size: int, order_I: IntArray
+    key_I3: IntArray, expert_I: IntArray, size: int, order_I: IntArray
 ) -> None:  # pragma: no cover - compiled
-    """Of the experts' next items, the one with most tokens at exactly its level; ties: lower plane, then expert."""
+    """Of the experts' next items, the one with the least key."""
     done = np.zeros(size, dtype=np.bool_)
     for at in range(size):
-        best, tokens = -1, 0
+        best = -1
         last = -1
         for item in range(size):
             # items stand expert by expert, planes ascending: the first that is left is the expert's head
             if done[item] or expert_I[item] == last:
                 continue
             last = expert_I[item]
-            here = count_EK[expert_I[item], plane_I[item]]
-            if best < 0 or here > tokens or (here == tokens and plane_I[item] < plane_I[best]):
-                best, tokens = item, here
+            smaller = best < 0
+            for column in range(key_I3.shape[1]):
+                if best >= 0 and key_I3[item, column] != key_I3[best, column]:
+                    smaller = key_I3[item, column] < key_I3[best, column]
+                    break
+            if smaller:
+                best = item
         done[best] = True
         order_I[at] = best
+
+
+@njit(cache=True)
+def _fits(
+    expert_I: IntArray, bytes_I: IntArray, size: int, experts: int, buffer_bytes: int, order_I: IntArray
+) -> bool:  # pragma: no cover - compiled
+    """Whether no read of the order waits for an expert that only a later item would finish."""
+    left_E, held_E = np.zeros(experts, dtype=np.int64), np.zeros(experts, dtype=np.int64)
+    for item in range(size):
+        left_E[expert_I[item]] += 1
+    held = 0
+    for at in range(size):
+        item = order_I[at]
+        expert = expert_I[item]
+        held += bytes_I[item]
+        held_E[expert] += bytes_I[item]
+        if bytes_I[item] > 0 and held > buffer_bytes:
+            return False
+        left_E[expert] -= 1
+        if left_E[expert] == 0:
+            held -= held_E[expert]
+    return True
 
 
 @njit(cache=True)
@@ -207,6 +235,8 @@ def _fit(
     expert_I: IntArray, bytes_I: IntArray, size: int, experts: int, buffer_bytes: int, order_I: IntArray
 ) -> None:  # pragma: no cover - compiled
     """`fitting_order` of the wished order in order_I[:size], in place."""
+    if _fits(expert_I, bytes_I, size, experts, buffer_bytes, order_I):
+        return
     missing_E, held_E = np.zeros(experts, dtype=np.int64), np.zeros(experts, dtype=np.int64)
     left_E = np.zeros(experts, dtype=np.int64)
     for item in range(size):

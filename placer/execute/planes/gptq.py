@@ -22,11 +22,7 @@ ONE_LEVEL = np.ones(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MatrixCodes:
-<<<<<<< HEAD
-    """A matrix as codes: base codes and residual signs (R, C), (R, G, Q) offsets and scales that fit half precision.
-=======
     """A matrix as codes: base codes and residual signs (R, C); offsets and scales (R, G, Q) that fit half precision.
->>>>>>> quantize
 
     `sign_RC` holds the residual bits, the first residual's lowest.
     """
