@@ -6,7 +6,8 @@ Needs the work folder of examples/small_moe (its checkpoint or one that reads th
 that checkpoint. Routers are trained on windows of the training text; everything else is measured on held-out prompts.
 
 1. Every level fixed, then the trained routers, then demand drawn at random with the routers' own shares: of each site
-   and expert, of each site, and overall. Differences from the routers are over the same prompts, with standard errors.
+   and expert, of each site, and overall; and with their mean bits from the two widths around it. Differences from the
+   routers are over the same prompts, with standard errors. Beside them, for scale, demand that knows every error.
 2. Ceilings, as a device plan has them: at a few budgets of planes, random ones and those of least predicted cost. The
    prediction is made from the demand on training text and the planes' errors; it is compared with the loss measured.
 3. The recorded demand as a trace beside OUT.json, for `placer device`.
@@ -32,6 +33,7 @@ from placer.execute.demand import (
     record_demand,
     train_bit_routers,
 )
+from placer.execute.experts import swiglu
 from placer.report.gates import kendall_tau
 from traces.device_work import device_work, prefill_batches
 from traces.plane_store import load_plane_index
@@ -75,11 +77,14 @@ def main() -> int:
         rows.append((f"{bits} bits", held_out_loss(model, held_out_QS, level, reference=reference), float(bits)))
     free = held_out_loss(model, held_out_QS, routers.levels_of, reference=reference)
     rows.append(("bit routers", free, free.mean_bits(bits_K)))
-    for name, share_LEK in shares(free.count_LEK).items():
+    for name, share_LEK in shares(free.count_LEK, bits_K).items():
         for draw in range(DRAWS):
             one = held_out_loss(model, held_out_QS, drawn_levels(share_LEK, options.seed + draw), reference=reference)
             rows.append((f"drawn by {name}", one, one.mean_bits(bits_K)))
     found["loss"] = [row(name, one, bits, free) for name, one, bits in rows]
+    worst = worst_first(model.weights, reference, free.count_LEK.sum(axis=1))
+    one = held_out_loss(model, held_out_QS, worst, reference=reference)
+    found["loss"].append(row("largest error first", one, one.mean_bits(bits_K), free))
     count_LK = free.count_LEK.sum(axis=1)
     found["share_LK"] = (count_LK / count_LK.sum(axis=1, keepdims=True)).round(4).tolist()
     found["chance"] = against_chance(rows, free)
@@ -107,14 +112,40 @@ def windows(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     return train_QS.astype(np.int64), prompt_QS[held_out_Q].astype(np.int64)
 
 
-def shares(count_LEK: np.ndarray) -> dict[str, np.ndarray]:
-    """The routers' shares of levels at each site and expert, at each site, and overall, all (L, E, K)."""
+def shares(count_LEK: np.ndarray, bits_K: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Shares of levels, all (L, E, K): the routers' at each site and expert, at each site, and overall.
+
+    The last has the routers' mean bits too, from the two widths around it alone.
+    """
     by = {"site and expert": count_LEK, "site": count_LEK.sum(1, keepdims=True)}
     by["nothing"] = count_LEK.sum((0, 1), keepdims=True)
+    mean = float(count_LEK.sum((0, 1)) @ np.array(bits_K)) / count_LEK.sum()
+    by["nothing, two widths"] = np.maximum(1 - np.abs(np.array(bits_K, dtype=np.float64) - mean), 0)[None, None]
     return {
         name: np.broadcast_to(count / np.maximum(count.sum(-1, keepdims=True), 1), count_LEK.shape)
         for name, count in by.items()
     }
+
+
+def worst_first(weights, reference, count_LK):
+    """Demand that no router can name: at each site the uses that lose most at the lowest level get the highest ones.
+
+    It looks at full weights and at the whole batch. Shares are the routers', site by site.
+    """
+
+    def levels_of(site, hidden_TH, expert_TC):
+        token_X = torch.arange(expert_TC.numel()) // expert_TC.shape[1]
+        error_X = torch.zeros(expert_TC.numel())
+        for expert, (full,) in enumerate(reference.expert_LEK[site]):
+            use_X = expert_TC.flatten() == expert
+            x_XH = hidden_TH[token_X[use_X]]
+            off_XH = swiglu(x_XH, weights.expert_LEK[site][expert][0]) - swiglu(x_XH, full)
+            error_X[use_X] = off_XH.square().sum(dim=1)
+        edge_K = torch.from_numpy(np.cumsum(count_LK[site]) / count_LK[site].sum() * error_X.numel()).round()
+        level_X = torch.searchsorted(edge_K, error_X.argsort().argsort().double(), right=True) + 1
+        return level_X.clamp(max=len(edge_K)).view_as(expert_TC)
+
+    return levels_of
 
 
 def row(name, one, bits, free):
@@ -148,9 +179,9 @@ def against_chance(rows, free):
 
 def table(rows):
     """The losses as text."""
-    head = f"{'demand':26s} {'bits':>6s} {'nats':>8s} {'ppl':>8s} {'above routers':>20s} {'output error':>12s}"
+    head = f"{'demand':30s} {'bits':>6s} {'nats':>8s} {'ppl':>8s} {'above routers':>20s} {'output error':>12s}"
     lines = [
-        f"{one['demand']:26s} {one['mean_bits']:6.3f} {one['nats_per_token']:8.4f} {one['perplexity']:8.3f} "
+        f"{one['demand']:30s} {one['mean_bits']:6.3f} {one['nats_per_token']:8.4f} {one['perplexity']:8.3f} "
         f"{one['above_routers']:+11.5f} +-{one['standard_error']:.5f} {one['output_error'] or 0:12.5f}"
         for one in rows
     ]

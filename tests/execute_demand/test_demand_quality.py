@@ -57,6 +57,7 @@ def test_levels_are_run_as_named(weights):
 
 def test_planes_give_the_loss_that_perplexity_gives(checkpoint, index, text):
     model = load_level_model(checkpoint, level_weights(index))
+    assert model.weights.sha256 == index.sha256
     for level in (1, 3):
         alone = perplexity(checkpoint, plane_weights(index, level), text[:6])
         found = held_out_loss(model, text[:6], level)
@@ -151,6 +152,10 @@ def test_misfits_are_refused(checkpoint, other_checkpoint, model, weights, text,
         held_out_loss(model, text, 1, reference=full_weights(other_checkpoint))
     with pytest.raises(MismatchError, match=r"experts a layer: 4, the one in .* has 6; quantise this model"):
         load_level_model(other_checkpoint, weights)
+    with pytest.raises(UsageError, match="give every width once"):
+        replace(weights, bits_K=(2, 4, 3))
+    with pytest.raises(UsageError, match="lack a level of some expert"):
+        replace(weights, bits_K=(2, 3))
     with pytest.raises(UsageError, match="0 prompts"):
         record_demand(model, routers, [])
     other = load_level_model(other_checkpoint, full_weights(other_checkpoint))

@@ -29,14 +29,16 @@ FULL_BITS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LevelWeights:
-    """`expert_LEK`: weights of each expert at each level; `bits_K`: widths of the levels, ascending.
+    """Experts at every level; raises UsageError where some lack a level.
 
-    Raises UsageError.
+    expert_LEK   weights of each expert at each level     bits_K   widths of the levels, ascending
+    sha256       of the planes they come from, "" for none
     """
 
     moe_layers: tuple[int, ...]
     bits_K: tuple[int, ...]
     expert_LEK: tuple[tuple[tuple[ExpertWeights, ...], ...], ...]
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         if not self.expert_LEK or len(self.expert_LEK) != len(self.moe_layers):
@@ -76,6 +78,7 @@ def level_weights(index: PlaneIndex) -> LevelWeights:
             tuple(tuple(weights_of(site, expert) for weights_of in weights_K) for expert in range(experts))
             for site in range(sites)
         ),
+        sha256=index.sha256,
     )
 
 

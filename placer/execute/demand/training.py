@@ -91,6 +91,7 @@ def train_bit_routers(
     routers.about = {
         "alpha": alpha,
         "capacity": list(capacity_K),
+        "planes_sha256": model.weights.sha256,
         "seed": seed,
         "steps": steps,
         "tokens": steps * sequences * token_QS.shape[1],
