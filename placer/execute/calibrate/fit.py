@@ -44,11 +44,11 @@ class Quality:
     max_residual: float
     spread: float
 
-    def require(self, what: str, found: str) -> None:
+    def require(self, what: str, found: str, min_r2: float = MIN_R2) -> None:
         """Raises ExecutionError where this is no fit."""
-        if not (self.r2 >= MIN_R2 and self.max_residual <= MAX_RESIDUAL):
+        if not (self.r2 >= min_r2 and self.max_residual <= MAX_RESIDUAL):
             raise ExecutionError(
-                f"calibration of {what} refused: {found}, R2 {self.r2:.3f} (at least {MIN_R2}), largest residual "
+                f"calibration of {what} refused: {found}, R2 {self.r2:.3f} (at least {min_r2}), largest residual "
                 f"{100 * self.max_residual:.0f} % (at most {100 * MAX_RESIDUAL:.0f} %); measure on a quiet machine"
             )
 
@@ -101,6 +101,7 @@ def fit_link(what: str, bytes_N: npt.ArrayLike, time_JIN: npt.ArrayLike) -> Link
 def fit_line(what: str, size_N: npt.ArrayLike, time_JIN: npt.ArrayLike) -> LinkFit:
     """One line through the medians of all sizes, for work that no bucket lets through at once.
 
+    Where the longest time is not twice the shortest, R2 says little (a constant would do) and residuals alone decide.
     Raises ExecutionError where it is none, or where times do not grow.
     """
     size, time_JIN = np.asarray(size_N, dtype=np.float64), np.asarray(time_JIN, dtype=np.float64)
@@ -110,7 +111,8 @@ def fit_line(what: str, size_N: npt.ArrayLike, time_JIN: npt.ArrayLike) -> LinkF
     slopes = [_line(size, np.median(one_IN, axis=0), 0.0)[1] for one_IN in time_JIN]
     time_N = np.median(time_JIN.reshape(-1, len(size)), axis=0)
     quality = _quality(time_N, alpha + size * slope, slopes)
-    quality.require(what, f"{slope:.3g} ns each and {alpha / 1e3:.1f} us")
+    flat = float(time_N.max()) < 2 * float(time_N.min())
+    quality.require(what, f"{slope:.3g} ns each and {alpha / 1e3:.1f} us", 0.0 if flat else MIN_R2)
     return LinkFit(alpha, 1 / slope, 0.0, quality)
 
 
