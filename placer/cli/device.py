@@ -1,7 +1,7 @@
 """`placer device`: one machine whose experts do not all fit: quantise, calibrate, plan, simulate, run, export."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,13 +19,9 @@ from placer.cli.common import (
     status_line,
     warn,
 )
+from placer.cli.device_tables import plan_data, plan_tables, plane_tables, summary_lines
 from placer.cli.timelines import ChromeFlag
 from placer.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from placer.core.device.plan import DevicePlan
-    from placer.core.timeline import Timeline
-    from placer.report.tables import DataTable
 
 __all__ = ["app"]
 
@@ -85,7 +81,7 @@ def quantize(
         "error_by_level": None if index.error_LEK is None else index.error_LEK.mean(axis=(0, 1)).tolist(),
         "about": index.about,
     }
-    emit(as_json, data, _plane_tables(data), (f"wrote {output}: {index.total_bytes:,} bytes of planes",))
+    emit(as_json, data, plane_tables(data), (f"wrote {output}: {index.total_bytes:,} bytes of planes",))
 
 
 @app.command(no_args_is_help=True)
@@ -186,8 +182,8 @@ def plan(
     )
     warn(warnings)
     planned.save(output)
-    data = {"output": str(output), **_plan_data(planned), **about}
-    emit(as_json, data, _plan_tables(data), (f"wrote {output}",))
+    data = {"output": str(output), **plan_data(planned), **about}
+    emit(as_json, data, plan_tables(data), (f"wrote {output}",))
 
 
 @app.command(no_args_is_help=True)
@@ -223,7 +219,7 @@ def simulate(
         progress=progress_line("simulating"),
     )
     warn(warnings)
-    finish([timeline], [str(plan)], output, chrome, as_json, lines=_summary_lines([timeline]))
+    finish([timeline], [str(plan)], output, chrome, as_json, lines=summary_lines([timeline]))
 
 
 @app.command(no_args_is_help=True)
@@ -291,7 +287,7 @@ def run(
         )
         said = []
     warn(warnings)
-    finish(timelines, names, output, chrome, as_json, lines=[*said, *_summary_lines(timelines)])
+    finish(timelines, names, output, chrome, as_json, lines=[*said, *summary_lines(timelines)])
 
 
 @app.command(no_args_is_help=True)
@@ -328,100 +324,3 @@ def _require(output: Path, chrome: Path | None, inputs: tuple[Path, ...]) -> Non
         if path is not None:
             require_parent(path)
     require_distinct(output, chrome, inputs=inputs)
-
-
-def _plane_tables(data: dict[str, Any]) -> "tuple[DataTable, ...]":
-    from placer.report.tables import DataTable
-
-    ladder = data["ladder"]
-    errors = data["error_by_level"] or [None] * len(ladder["bits"])
-    rows, total = [], 0
-    for bits, size, error in zip(ladder["bits"], data["plane_bytes"], errors, strict=True):
-        total = total + size if ladder["nested"] else size
-        rows.append((bits, size, total, None if error is None else 100 * error))
-    return (
-        DataTable(
-            title="Planes of one expert" if ladder["nested"] else "Copies of one expert",
-            columns=("bits", "bytes", "bytes needed", "output error %"),
-            rows=tuple(rows),
-            notes=("output error: squared, relative, mean over experts, on calibration text kept out of the fit",),
-        ),
-    )
-
-
-def _plan_data(plan: "DevicePlan") -> dict[str, Any]:
-    names: tuple[str, ...] = (
-        "solver",
-        "status",
-        "stopped_by",
-        "objective_name",
-        "objective",
-        "bound",
-        "bound_by",
-        "gap",
-        "order",
-        "cache",
-    )
-    names += (
-        "resident_bytes",
-        "cache_bytes",
-        "buffer_bytes",
-        "memory_bytes",
-        "prefetch_layers",
-        "quality_cost",
-        "seed",
-    )
-    levels = range(plan.ladder.levels + 1)
-    return {
-        **{name: getattr(plan, name) for name in names},
-        "bits": list(plan.ladder.bits_K),
-        "experts_by_resident_level": [int((plan.resident_LE == level).sum()) for level in levels],
-        "experts_by_ceiling": [int((plan.ceiling_LE == level).sum()) for level in levels[1:]],
-    }
-
-
-def _plan_tables(data: dict[str, Any]) -> "tuple[DataTable, ...]":
-    from placer.report.tables import DataTable
-
-    rows = [
-        ("predicted iteration us", data["objective"] / 1e3),
-        ("no plan is faster than, us", None if data["bound"] is None else data["bound"] / 1e3),
-        ("left to gain at most %", None if data["gap"] is None else 100 * data["gap"]),
-        ("resident MiB", data["resident_bytes"] / 2**20),
-        (f"cache MiB ({data['cache']})", data["cache_bytes"] / 2**20),
-        ("buffer MiB", data["buffer_bytes"] / 2**20),
-        ("error added by clipping", data["quality_cost"]),
-    ]
-    kept = [
-        (f"{bits} bits", resident, ceiling)
-        for bits, resident, ceiling in zip(
-            data["bits"], data["experts_by_resident_level"][1:], data["experts_by_ceiling"], strict=True
-        )
-    ]
-    notes = (f"order {data['order']}; the bound holds for {data['bound_by']}", data["advice"])
-    return (
-        DataTable(title="Device plan", columns=("what", "value"), rows=tuple(rows), notes=notes),
-        DataTable(
-            title="Experts by level",
-            columns=("level", "resident up to", "used at most at"),
-            rows=(("nothing", data["experts_by_resident_level"][0], None), *kept),
-        ),
-    )
-
-
-def _summary_lines(timelines: "list[Timeline]") -> list[str]:
-    lines = []
-    for timeline in timelines:
-        about = timeline.about
-        said = [f"{about[key] / 2**20:.2f} MiB {word}" for key, word in SHOWN if about.get(key) is not None]
-        mode = f" ({about['read_mode']})" if "read_mode" in about else ""
-        lines.append(f"{about['source']}: {', '.join(said)}{mode}")
-    return lines
-
-
-SHOWN = (
-    ("peak_plane_bytes", "of planes held at most"),
-    ("asked_bytes", "asked for"),
-    ("disk_read_bytes", "read from the disk, says the kernel"),
-    ("peak_rss_bytes", "peak memory of the process"),
-)

@@ -17,7 +17,7 @@ MOST_LINES = 400
 TORCH_MODULES = ("placer/execute/", "placer/live/")
 BACK_ENDS = {
     "simpy": "sim/",
-    "numba": ("sim/", "solvers/", "traces/"),
+    "numba": ("sim/", "solvers/", "traces/", "placer/execute/planes/"),
     "pulp": "solvers/",
     "ortools": "solvers/",
     "typer": "placer/cli/",
