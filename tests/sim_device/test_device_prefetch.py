@@ -89,6 +89,27 @@ def test_useless_predictions_delay_a_site_by_one_read_at_most(seed: int, nested:
         assert len(loads_of(spans)) > without["demand_reads"]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_what_is_needed_is_read_before_what_is_expected(seed: int, nested: bool, two_hops: bool) -> None:
+    """Reads for the next site begin when this site's are over, and no read at all begins for any other site."""
+    work = random_work(seed, predicted=True)
+    plan = random_plan(seed, work, NESTED if nested else COPIES, prefetch_layers=1, buffer_bytes=60_000)
+    spans, about = spans_of(plan, work, device_of(two_hops=two_hops, slowdown=1.3))
+    routed = spans["phase"] == PHASES.index("attention")
+    routing_S = spans["end_ns"][routed]
+    pick = spans["phase"] == LOAD
+    # sites of all iterations in one row; a read that ends in the next iteration began in the one before
+    at_X = np.searchsorted(routing_S, spans["start_ns"][pick], side="right") - 1
+    ahead_X = spans["site"][pick] != spans["site"][routed][at_X]
+    assert np.array_equal(spans["site"][pick][ahead_X], spans["site"][routed][at_X[ahead_X]] + 1)
+    for site in np.unique(at_X[ahead_X]).tolist():
+        needed, expected = (pick_X & (at_X == site) for pick_X in (~ahead_X, ahead_X))
+        assert spans["end_ns"][pick][needed].max(initial=0) <= spans["start_ns"][pick][expected].min()
+    assert ahead_X.sum() <= about["prefetched"]
+    assert (~ahead_X).sum() == about["demand_reads"]
+
+
 def two_sites(needed: list[int], expected: list[int], first: int = 0) -> DeviceWork:
     """Four one-plane experts: site 0 uses expert `first`, site 1 `needed`, and was expected to use `expected`."""
     counts, predicted = np.zeros((2, 1, 2, 4, 1), dtype=np.int64)
@@ -165,3 +186,47 @@ def test_without_predictions_a_plan_that_reads_ahead_does_not(seed: int) -> None
     plans = [random_plan(seed, work, prefetch_layers=ahead) for ahead in (0, 1)]
     tables = [spans_of(plan, work, device_of(slowdown=1.3))[0] for plan in plans]
     assert all(np.array_equal(tables[0][name], tables[1][name]) for name in tables[0])
+
+
+def test_useless_reads_leave_nothing_behind() -> None:
+    """Of the expected 1, 2, 3 only 3 is needed: 1 has arrived and 2 is in flight, every time; neither may stay."""
+    work = two_sites([3], [1, 2, 3])
+    counts, predicted = (np.concatenate([a] * 5) for a in (work.count_BLEK, work.predicted_BLEK))
+    work = work_of(counts, predicted)
+    spans, about = spans_of(plan_of(work, ONE, prefetch_layers=1, buffer_bytes=10_000), work, device_of())
+    assert [load[:2] for load in loads_of(spans)] == [(0, 0), (1, 1), (1, 2), (1, 3)] * 5
+    assert about["peak_plane_bytes"] == 4000
+
+
+def test_a_read_that_would_begin_at_the_routing_does_not() -> None:
+    """Half as fast beside reads. Routed at 2; read 0 2-14, 1 14-26, 2 26-38; expert 0 14-34, attention 34-38."""
+    work = two_sites([1, 2], [1, 2, 3])
+    plan = plan_of(work, ONE, prefetch_layers=1, buffer_bytes=20_000)
+    spans, _ = spans_of(plan, work, device_of(layer_us=2.0, layer_token_us=0.0, slowdown=2.0))
+    assert loads_of(spans) == [(0, 0, 0, 2, 14), (1, 1, 0, 14, 26), (1, 2, 0, 26, 38)]
+    assert int(spans["end_ns"].max()) == 58_000
+
+
+def test_what_ends_at_the_routing_counts_as_there() -> None:
+    """Expert 1's read ends at 26, when site 1 is routed: as present as expert 3, which is resident, and before it."""
+    work = two_sites([1, 3], [1])
+    resident_LE = np.array([[0, 0, 0, 0], [0, 0, 0, 1]])
+    plan = plan_of(work, ONE, prefetch_layers=1, buffer_bytes=20_000, order="resident_first", resident_LE=resident_LE)
+    for layer_us, order in ((2.0, [1, 3]), (1.9, [3, 1])):
+        spans, _ = spans_of(plan, work, device_of(layer_us=layer_us, layer_token_us=0.0))
+        pick = (spans["phase"] == PHASES.index("experts")) & (spans["site"] == 1)
+        assert spans["expert"][pick].tolist() == order
+
+
+def test_what_was_read_ahead_takes_room_from_the_order() -> None:
+    """Expert 1's base plane is there, 2000 of 8000 bytes: three more base planes would leave no expert a way on."""
+    counts, predicted = np.zeros((2, 1, 2, 5, 2), dtype=np.int64)
+    counts[0, 0, 0, 0] = 1
+    counts[0, 1, 1:, 1] = 1
+    predicted[0, 1, 1, 0] = 1
+    work = work_of(counts, predicted)
+    plan = plan_of(work, BitLadder(bits_K=(2, 3)), prefetch_layers=1, buffer_bytes=8000)
+    spans, about = spans_of(plan, work, device_of(layer_us=100.0))
+    assert about["prefetch_used"] == 1
+    assert about["peak_plane_bytes"] <= 8000
+    assert np.count_nonzero(spans["phase"] == PHASES.index("experts")) == 5
