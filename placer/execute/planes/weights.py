@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from placer.core.device.ladder import BitLadder, MatrixShape
+from placer.core.device.ladder import BitLadder, MatrixShape, matrix_plane_bytes
 from placer.core.errors import MismatchError, UsageError
 from placer.execute.experts import ExpertWeights
 from placer.execute.planes.packing import plane_bits
+from placer.execute.planes.unpack import unpack_matrix
 
 __all__ = ["expert_weights"]
 
@@ -41,9 +42,33 @@ def expert_weights(
         raise UsageError(f"{len(planes)} planes are given; give {most}")
     base_bits = ladder.bits_K[0] if ladder.nested else _copy_bits(planes[0], ladder, shapes)
     group = ladder.group_size
+    if all(raw.device.type == "cpu" for raw in planes):
+        gate_up, down = _compiled(planes, ladder, shapes, base_bits)
+        return ExpertWeights(gate_up.to(dtype), down.to(dtype))
     split = [plane_bits(raw, shapes, 1 if at else base_bits, group, offset=not at) for at, raw in enumerate(planes)]
     gate_up, down = (_matrix([parts[at] for parts in split], base_bits, group).to(dtype) for at in range(len(shapes)))
     return ExpertWeights(gate_up, down)
+
+
+def _compiled(
+    planes: Sequence[Tensor], ladder: BitLadder, shapes: Sequence[MatrixShape], base_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Both matrices by compiled code: on the processor, one call is several times faster than many small steps."""
+    group = ladder.group_size
+    widths = [1 if plane else base_bits for plane in range(len(planes))]
+    sizes = [
+        [matrix_plane_bytes(shape, bits, group, offset=not plane) for shape in shapes]
+        for plane, bits in enumerate(widths)
+    ]
+    for raw, (first, second), bits in zip(planes, sizes, widths, strict=True):
+        if raw.numel() != first + second:
+            raise MismatchError(
+                f"a plane of {bits} bits has {raw.numel()} bytes; matrices {list(shapes)} need {first + second}"
+            )
+    packed = tuple(raw.numpy() for raw in planes)
+    gate_up = unpack_matrix(packed, (0,) * len(planes), base_bits, shapes[0], group)
+    down = unpack_matrix(packed, tuple(first for first, _ in sizes), base_bits, shapes[1], group)
+    return torch.from_numpy(gate_up), torch.from_numpy(down)
 
 
 def _copy_bits(raw: Tensor, ladder: BitLadder, shapes: Sequence[MatrixShape]) -> int:
