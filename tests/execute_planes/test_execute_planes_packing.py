@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from placer.core.device.ladder import LADDERS, BitLadder, expert_shapes
 from placer.core.errors import MismatchError, UsageError
 from placer.execute.planes import PlaneMatrix, expert_weights, pack_plane, unpack_plane
+from placer.execute.planes.weights import vectorised_weights
 
 
 def random_plane(rng, shapes, bits, group, *, offset):
@@ -127,3 +128,24 @@ def test_bad_planes_are_one_line() -> None:
         pack_plane([PlaneMatrix(torch.full((1, 8), 8, dtype=torch.uint8), torch.ones(1, 1).half())], 3)
     with pytest.raises(UsageError, match="half precision"):
         pack_plane([PlaneMatrix(torch.zeros(1, 8, dtype=torch.uint8), torch.full((1, 1), 1e6).half())], 3)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    base=st.integers(1, 8),
+    hidden=st.integers(1, 40),
+    inner=st.integers(1, 40),
+    group=st.integers(8, 40),
+)
+@settings(max_examples=40, deadline=None)
+def test_compiled_weights_are_the_vectorised_ones_to_the_bit(seed, base, hidden, inner, group) -> None:
+    rng = np.random.default_rng(seed)
+    levels = int(rng.integers(1, 10 - base))
+    ladder = BitLadder(bits_K=tuple(range(base, base + levels)), group_size=group)
+    shapes = expert_shapes(hidden, inner)
+    matrices = [random_plane(rng, shapes, 1 if at else base, group, offset=not at) for at in range(levels)]
+    planes = [pack_plane(parts, 1 if at else base) for at, parts in enumerate(matrices)]
+    found = expert_weights(planes, ladder, shapes)
+    wanted = vectorised_weights(planes, ladder, shapes, base)
+    assert torch.equal(found.gate_up_FH, wanted[0])
+    assert torch.equal(found.down_HI, wanted[1])

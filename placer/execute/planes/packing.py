@@ -13,7 +13,7 @@ from torch import Tensor
 from placer.core.device.ladder import MatrixShape, matrix_plane_bytes
 from placer.core.errors import MismatchError, UsageError
 
-__all__ = ["PlaneMatrix", "pack_plane", "plane_bits", "unpack_plane"]
+__all__ = ["PlaneMatrix", "pack_plane", "plane_bits", "refuse_other_bytes", "unpack_plane"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,21 @@ def unpack_plane(
     return found
 
 
-def plane_bits(
-    raw: Tensor, shapes: Sequence[MatrixShape], bits: int, group_size: int, *, offset: bool
-) -> list[tuple[MatrixShape, Tensor, Tensor, Tensor | None]]:
-    """Each matrix's shape, packed rows (R, bytes), scales and offsets (R, G), as views wherever bytes are aligned."""
+def refuse_other_bytes(raw: Tensor, shapes: Sequence[MatrixShape], bits: int, group_size: int, *, offset: bool) -> None:
+    """Raises MismatchError where `raw` is not the bytes of one such plane."""
     expected = sum(matrix_plane_bytes(shape, bits, group_size, offset=offset) for shape in shapes)
     if raw.dtype != torch.uint8 or raw.ndim != 1 or len(raw) != expected:
         raise MismatchError(
             f"a plane of {bits} bits is {raw.dtype} {tuple(raw.shape)}; uint8 ({expected},) belongs there for matrices "
             f"{', '.join(f'{rows} x {columns}' for rows, columns in shapes)} in groups of {group_size}"
         )
+
+
+def plane_bits(
+    raw: Tensor, shapes: Sequence[MatrixShape], bits: int, group_size: int, *, offset: bool
+) -> list[tuple[MatrixShape, Tensor, Tensor, Tensor | None]]:
+    """Each matrix's shape, packed rows (R, bytes), scales and offsets (R, G), as views wherever bytes are aligned."""
+    refuse_other_bytes(raw, shapes, bits, group_size, offset=offset)
     found, start = [], 0
     for shape in shapes:
         rows, columns = shape

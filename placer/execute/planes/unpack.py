@@ -22,16 +22,14 @@ def unpack_matrix(
     planes: tuple[ByteArray, ...],
     start_P: tuple[int, ...],
     base_bits: int,
-    shape: tuple[int, int],
     group: int,
-) -> FloatArray:
-    """Weights (R, C): the same values, to the bit, as the vectorised steps in placer.execute.planes.weights.
+    out_RC: FloatArray,
+) -> None:
+    """Fills `out_RC` with weights: the same, to the bit, as the vectorised steps in placer.execute.planes.weights.
 
     start_P: the byte at which the matrix begins in each plane. Complexity: O(planes * weights).
     """
-    out_RC = np.empty(shape, dtype=np.float32)
     _unpack(planes, np.array(start_P, dtype=np.int64), base_bits, group, HALF_VALUES, out_RC)
-    return out_RC
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -12,10 +12,10 @@ from torch import Tensor
 from placer.core.device.ladder import BitLadder, MatrixShape, matrix_plane_bytes
 from placer.core.errors import MismatchError, UsageError
 from placer.execute.experts import ExpertWeights
-from placer.execute.planes.packing import plane_bits
+from placer.execute.planes.packing import plane_bits, refuse_other_bytes
 from placer.execute.planes.unpack import unpack_matrix
 
-__all__ = ["expert_weights"]
+__all__ = ["expert_weights", "vectorised_weights"]
 
 Unpacked = tuple[MatrixShape, Tensor, Tensor, Tensor | None]
 
@@ -41,13 +41,21 @@ def expert_weights(
         most = f"1 to {ladder.levels} planes" if ladder.nested else "one copy"
         raise UsageError(f"{len(planes)} planes are given; give {most}")
     base_bits = ladder.bits_K[0] if ladder.nested else _copy_bits(planes[0], ladder, shapes)
-    group = ladder.group_size
     if all(raw.device.type == "cpu" for raw in planes):
         gate_up, down = _compiled(planes, ladder, shapes, base_bits)
         return ExpertWeights(gate_up.to(dtype), down.to(dtype))
+    gate_up, down = vectorised_weights(planes, ladder, shapes, base_bits)
+    return ExpertWeights(gate_up.to(dtype), down.to(dtype))
+
+
+def vectorised_weights(
+    planes: Sequence[Tensor], ladder: BitLadder, shapes: Sequence[MatrixShape], base_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Both matrices, float32, by torch's operations on the planes' device: what accelerators take."""
+    group = ladder.group_size
     split = [plane_bits(raw, shapes, 1 if at else base_bits, group, offset=not at) for at, raw in enumerate(planes)]
-    gate_up, down = (_matrix([parts[at] for parts in split], base_bits, group).to(dtype) for at in range(len(shapes)))
-    return ExpertWeights(gate_up, down)
+    gate_up, down = (_matrix([parts[at] for parts in split], base_bits, group) for at in range(len(shapes)))
+    return gate_up, down
 
 
 def _compiled(
@@ -55,20 +63,17 @@ def _compiled(
 ) -> tuple[Tensor, Tensor]:
     """Both matrices by compiled code: on the processor, one call is several times faster than many small steps."""
     group = ladder.group_size
-    widths = [1 if plane else base_bits for plane in range(len(planes))]
-    sizes = [
-        [matrix_plane_bytes(shape, bits, group, offset=not plane) for shape in shapes]
-        for plane, bits in enumerate(widths)
-    ]
-    for raw, (first, second), bits in zip(planes, sizes, widths, strict=True):
-        if raw.numel() != first + second:
-            raise MismatchError(
-                f"a plane of {bits} bits has {raw.numel()} bytes; matrices {list(shapes)} need {first + second}"
-            )
+    first_P = []
+    for plane, raw in enumerate(planes):
+        bits = 1 if plane else base_bits
+        refuse_other_bytes(raw, shapes, bits, group, offset=not plane)
+        first_P.append(matrix_plane_bytes(shapes[0], bits, group, offset=not plane))
     packed = tuple(raw.numpy() for raw in planes)
-    gate_up = unpack_matrix(packed, (0,) * len(planes), base_bits, shapes[0], group)
-    down = unpack_matrix(packed, tuple(first for first, _ in sizes), base_bits, shapes[1], group)
-    return torch.from_numpy(gate_up), torch.from_numpy(down)
+    # torch's own memory: the last bits of a matrix product depend on where its operands are aligned
+    gate_up, down = (torch.empty(*shape) for shape in shapes)
+    unpack_matrix(packed, (0,) * len(planes), base_bits, group, gate_up.numpy())
+    unpack_matrix(packed, tuple(first_P), base_bits, group, down.numpy())
+    return gate_up, down
 
 
 def _copy_bits(raw: Tensor, ladder: BitLadder, shapes: Sequence[MatrixShape]) -> int:
