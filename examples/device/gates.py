@@ -2,7 +2,8 @@
 
     python examples/device/gates.py OUT.json --bank NAME NESTED COPIES TRACE [--limits 20 none]
 
-A bank is a plane file, the same experts as whole copies, and a trace (bits recorded, or drawn with D2MoE's capacities).
+A bank is a plane file, the same experts as whole copies, and a trace (bits recorded, or drawn with D2MoE's capacities;
+"synthetic": top-2 routing made for the planes' layers and experts).
 Plans know one half of the requests, the other half runs. For each bandwidth limit the machine is calibrated, all is
 predicted with fidelity flow, and only then measured: every policy in each round, in random order, reads around the page
 cache. OUT is written after every group; groups that it has are kept, so a run that was stopped goes on. `--table` only
@@ -20,6 +21,7 @@ from policies import Bank, Policy, budget_policies, halves_of, steps_of
 from rich.console import Console
 
 from placer.core.atomic import write_text_atomically
+from placer.core.device.planes import PlaneIndex
 from placer.core.timeline import Timeline
 from placer.execute.device import run_device
 from placer.execute.device.calibrate import calibrate_device
@@ -28,11 +30,11 @@ from placer.report.gates import GateRow, GateVerdict, gate_tables, judge_gates
 from placer.report.tables import DataTable, render
 from sim.device import simulate_device
 from traces.plane_store import load_plane_index, verify_planes
+from traces.synthetic import synthesize
 from traces.trace import RoutingTrace
 
 SEEN = ("read_mode", "asked_bytes", "disk_read_bytes", "peak_plane_bytes", "rss_before_bytes", "peak_rss_bytes")
 SHARES = (0.25, 0.5, 0.75)
-ITERATIONS = 20
 AGAIN = "on demand, again"
 
 
@@ -142,10 +144,26 @@ def tables(data: dict) -> list[DataTable]:
     return found
 
 
-def policies_for(bank: Bank, halves: tuple[RoutingTrace, RoutingTrace], batch: int) -> list[Policy]:
+def trace_of(text: str, index: PlaneIndex, seed: int) -> RoutingTrace:
+    """The trace in a file, or synthetic routing of uneven popularity for the planes' model."""
+    if text != "synthetic":
+        return open_trace(Path(text))
+    layers, experts, _ = index.shape_LEK
+    return synthesize(
+        num_layers=layers,
+        num_experts=experts,
+        top_k=2,
+        num_tokens=16_384,
+        num_requests=128,
+        seed=seed,
+        popularity_sigma=0.8,
+    )
+
+
+def policies_for(bank: Bank, halves: tuple[RoutingTrace, RoutingTrace], batch: int, iterations: int) -> list[Policy]:
     """D2MoE's steps, three budgets, and at the middle one caches and reading ahead."""
-    steps = steps_of(bank, halves[1], batch, ITERATIONS)
-    return steps + budget_policies(bank, *halves, batch, ITERATIONS, SHARES, SHARES[1])
+    steps = steps_of(bank, halves[1], batch, iterations)
+    return steps + budget_policies(bank, *halves, batch, iterations, SHARES, SHARES[1])
 
 
 def main() -> None:
@@ -156,6 +174,7 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", default=("none",), help="megabytes per second, or none")
     parser.add_argument("--batches", nargs="+", type=int, default=(4, 16))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -163,10 +182,10 @@ def main() -> None:
     if not given.table:
         ask_for_realtime(say)
     data = json.loads(given.out.read_text()) if given.out.exists() else {"groups": {}, "calibrations": {}}
-    data |= {"rounds": given.rounds, "iterations": ITERATIONS, "seed": given.seed, "fidelity": "flow"}
+    data |= {"rounds": given.rounds, "iterations": given.iterations, "seed": given.seed, "fidelity": "flow"}
     for name, nested, copies, trace in [] if given.table else given.bank:
-        ladder = load_plane_index(Path(nested)).ladder
-        halves = halves_of(open_trace(Path(trace)), ladder, given.seed)
+        index = load_plane_index(Path(nested))
+        halves = halves_of(trace_of(trace, index, given.seed), index.ladder, given.seed)
         for text in given.limits:
             speed = "disk" if text == "none" else f"{text} MB/s"
             wanted = {f"{name}, {speed}, batch {batch}": batch for batch in given.batches}
@@ -178,7 +197,7 @@ def main() -> None:
             data["calibrations"][f"{name}, {speed}"] = about
             for group, batch in wanted.items():
                 data["groups"][group] = group_of(
-                    group, policies_for(bank, halves, batch), given.rounds, given.seed, say
+                    group, policies_for(bank, halves, batch, given.iterations), given.rounds, given.seed, say
                 )
                 write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
     data["verdict"] = judged(data)[1].to_dict()

@@ -73,7 +73,10 @@ def import_(
     src: Annotated[Path, typer.Argument(help="File (or folder of dumps) to read.")],
     output: OutFlag,
     source: Annotated[
-        str | None, typer.Option("--from", help="npz, jsonl, sglang, vllm, logical_count; recognised if left out.")
+        str | None,
+        typer.Option(
+            "--from", help="npz, jsonl, sglang, vllm, logical_count, imatrix, ktransformers; recognised if left out."
+        ),
     ] = None,
     model: ModelFlag = None,
     as_json: JsonFlag = False,

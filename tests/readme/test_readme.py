@@ -26,14 +26,14 @@ def load_script() -> ModuleType:
 
 
 def run_block(block: str, folder: Path) -> list[str]:
-    """Runs every `$ placer ...` line of a block in `folder`; returns what each printed."""
+    """Runs every `$ placer ...` or `$ python ...` line of a block in `folder`; returns what each printed."""
     printed = []
     if not (folder / "examples").exists():
         (folder / "examples").symlink_to(ROOT / "examples")
     for line in block.splitlines():
         words = shlex.split(line.removeprefix("$ "))
-        assert words[0] == "placer", line
-        done = subprocess.run([*PLACER, *words[1:]], cwd=folder, capture_output=True, text=True, check=False)
+        command = {"placer": PLACER, "python": [sys.executable]}[words[0]]
+        done = subprocess.run([*command, *words[1:]], cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         printed.append(done.stdout)
     return printed
@@ -61,8 +61,17 @@ def test_the_measured_part_of_the_tour(tour: Path) -> None:
     assert "Prediction error" in printed[1]
 
 
-def test_the_proof_of_the_tour_is_verified_and_the_next_plan_says_what_moves(tour: Path) -> None:
+def test_the_device_part_of_the_tour(tour: Path) -> None:
+    pytest.importorskip("torch")
     printed = run_block(BLOCKS[2], tour)
+    assert "resident MiB" in printed[1]
+    assert "simulated: " in printed[2]
+    assert "Prediction error" in printed[3]
+    assert (tour / "manifest.json").stat().st_size > 100
+
+
+def test_the_proof_of_the_tour_is_verified_and_the_next_plan_says_what_moves(tour: Path) -> None:
+    printed = run_block(BLOCKS[3], tour)
     assert "verified on this trace" in printed[1]
     assert "moved from the plan given" in printed[2]
 
