@@ -177,7 +177,7 @@ def device_quality() -> str:
         cells = []
         for store in QUALITY:
             row = by_store.get(store)
-            cells.append("" if row is None else f"{row['error']:.4f} / {row['perplexity']:.2f}")
+            cells.append("" if row is None else f"{row['error']:.2g} / {row['perplexity']:.2f}")
         size = next((by_store[name]["expert_bytes"] for name in ("mwq-v1", "mwq-v2") if name in by_store), None)
         lines.append(f"| {bits} | {'' if size is None else f'{size:,}'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
