@@ -88,7 +88,8 @@ def plan_tables(data: dict[str, Any]) -> "tuple[DataTable, ...]":
             data["bits"], data["experts_by_resident_level"][1:], data["experts_by_ceiling"], strict=True
         )
     ]
-    notes = (f"order {data['order']}; the bound holds for {data['bound_by']}", data["advice"])
+    held = f"; the bound holds for {data['bound_by']}" if data["bound_by"] else ""
+    notes = (f"order {data['order']}{held}", data["advice"])
     return (
         DataTable(title="Device plan", columns=("what", "value"), rows=tuple(rows), notes=notes),
         DataTable(
