@@ -106,6 +106,7 @@ def group_of(group: str, policies: list[Policy], rounds: int, seed: int, say: Co
         extra = {
             "tokens_per_s": 1e6 * float(one.work.tokens_B.mean()) / row.measured_us,
             "memory_bytes": one.plan.memory_bytes,
+            "plan": {name: getattr(one.plan, name) for name in ("order", "cache", "cache_bytes", "buffer_bytes")},
             "phases_us": {
                 name: {phase: float(ns_I.mean()) / 1e3 for phase, ns_I in timeline.phase_ns().items()}
                 for name, timeline in (("measured", measured[one.name][0]), ("predicted", predicted[one.name]))
@@ -114,11 +115,12 @@ def group_of(group: str, policies: list[Policy], rounds: int, seed: int, say: Co
         }
         rows.append(asdict(row) | extra)
     again = [mean_us(a) / mean_us(b) for a, b in zip(measured[first], measured[AGAIN], strict=True)]
-    return {"rows": rows, "again": {"low": min(again), "high": max(again), "median": float(np.median(again))}}
+    made = {"rounds": rounds, "iterations": policies[0].work.num_iterations, "seed": seed, "fidelity": "flow"}
+    return {**made, "rows": rows, "again": {"low": min(again), "high": max(again), "median": float(np.median(again))}}
 
 
 def judged(data: dict) -> tuple[list[GateRow], GateVerdict]:
-    """All rows and the verdict; the noise floor is the worst group's median of the baseline against itself."""
+    """All rows and the verdict; the noise floor is the worst round of a baseline against itself."""
     groups = data["groups"].values()
     rows = [GateRow(**{key: row[key] for key in GateRow.__slots__}) for group in groups for row in group["rows"]]
     noise = max(abs(np.log(group["again"][end])) for group in groups for end in ("low", "high"))
@@ -182,7 +184,6 @@ def main() -> None:
     if not given.table:
         ask_for_realtime(say)
     data = json.loads(given.out.read_text()) if given.out.exists() else {"groups": {}, "calibrations": {}}
-    data |= {"rounds": given.rounds, "iterations": given.iterations, "seed": given.seed, "fidelity": "flow"}
     for name, nested, copies, trace in [] if given.table else given.bank:
         index = load_plane_index(Path(nested))
         halves = halves_of(trace_of(trace, index, given.seed), index.ladder, given.seed)
@@ -200,8 +201,11 @@ def main() -> None:
                     group, policies_for(bank, halves, batch, given.iterations), given.rounds, given.seed, say
                 )
                 write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
-    data["verdict"] = judged(data)[1].to_dict()
-    write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
+    if not data["groups"]:
+        parser.error(f"{given.out} has no groups yet: give at least one --bank")
+    if not given.table:
+        data["verdict"] = judged(data)[1].to_dict()
+        write_text_atomically(given.out, json.dumps(data, indent=1) + "\n")
     for table in tables(data):
         render(table, say)
 

@@ -51,7 +51,12 @@ class Policy:
 def halves_of(trace: RoutingTrace, ladder: BitLadder, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
     """Requests to plan on and requests to run, bits drawn where none were recorded."""
     if trace.bits_LTK is None:
-        trace = drawn_demand(trace, ladder, CAPACITIES[ladder.levels], np.random.default_rng(seed))
+        trace = drawn_demand(
+            trace,
+            ladder,
+            CAPACITIES.get(ladder.levels, (1 / ladder.levels,) * ladder.levels),
+            np.random.default_rng(seed),
+        )
     return trace.split_by_request(0.5, seed)
 
 

@@ -63,7 +63,7 @@ def quantize(
     from placer.pipeline.device_files import quantize_checkpoint
 
     require_parent(output)
-    require_distinct(output, inputs=(text,))
+    require_distinct(output, inputs=(text, *model.glob("*.safetensors")))
     index = quantize_checkpoint(
         model,
         text,
@@ -122,7 +122,7 @@ def calibrate(
 ) -> None:
     """Measures disk, unpacking, feed-forward and layers at the sizes of PLANES into the YAML that --device reads.
 
-    Exit code 10, and nothing written, where the measurements do not fit the cost model.
+    Exit code 10, and nothing written, where the times of the disk, or of nested experts, do not fit the cost model.
     """
     from placer.config.devices import save_device
     from placer.pipeline.device_files import measure_device
@@ -170,7 +170,7 @@ def plan(
     from placer.pipeline.device_runs import plan_for_device
 
     require_parent(output)
-    require_distinct(output, inputs=(trace, planes, device))
+    require_distinct(output, inputs=(trace, planes, device, learn))
     planned, about, warnings = plan_for_device(
         read_source(trace, model, tokens=True),
         planes,
@@ -208,7 +208,7 @@ def simulate(
     from placer.core.device.plan import DevicePlan
     from placer.pipeline.device_runs import predict_device
 
-    _require(output, chrome, (plan, trace, device))
+    _require(output, chrome, tuple(path for path in (plan, trace, device, learn) if path is not None))
     timeline, warnings = predict_device(
         DevicePlan.load(plan),
         read_source(trace, model, tokens=True),
@@ -226,11 +226,8 @@ def simulate(
 def run(
     plan: PlanArgument,
     planes: PlanesFlag,
+    device: DeviceFlag,
     output: OutFlag,
-    device: Annotated[
-        Path | None,
-        typer.Option("--device", help="Also predict on this machine: OUTPUT with .predicted before its suffix."),
-    ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Replay these routed tokens; not with --text.")] = None,
     learn: LearnFlag = None,
     model: Annotated[
@@ -247,8 +244,9 @@ def run(
 ) -> None:
     """Measures the plan on this machine: experts' planes are read from the disk while others are computed.
 
-    Reads go around the page cache where the file system can; `about` of the Timeline has the bytes that the kernel says
-    came from the disk, and the peak memory that it saw.
+    With --trace the very same job is also predicted: OUTPUT with .predicted before its suffix. The order of reading and
+    a bandwidth limit are those of --device. Reads go around the page cache where the file system can; `about` of the
+    Timeline has the bytes that the kernel says came from the disk, and the peak memory that it saw.
     """
     from placer.cli.timelines import finish
     from placer.config import load_settings
@@ -257,7 +255,13 @@ def run(
 
     if (trace is None) == (text is None) or (text is not None and model is None):
         raise UsageError("run needs either --trace TRACE, or --model DIR with --text FILE; see --help")
-    _require(output, chrome, tuple(path for path in (plan, planes, device, trace, text, routers) if path is not None))
+    if trace is not None and (model is not None or routers is not None):
+        raise UsageError("--model and --routers go with --text; experts and bits of --trace are in PLANES and TRACE")
+    if text is not None and learn is not None:
+        raise UsageError("--learn goes with --trace; generation does not read ahead")
+    given = (plan, planes, device, trace, text, routers, learn)
+    predicted = output.with_suffix(f".predicted{output.suffix}") if trace is not None else None
+    _require(output, chrome, tuple(path for path in given if path is not None), predicted)
     settings = load_settings(config).device
     loaded = DevicePlan.load(plan)
     if trace is None:
@@ -319,8 +323,8 @@ def export(
     )
 
 
-def _require(output: Path, chrome: Path | None, inputs: tuple[Path, ...]) -> None:
+def _require(output: Path, chrome: Path | None, inputs: tuple[Path, ...], more: Path | None = None) -> None:
     for path in (output, chrome):
         if path is not None:
             require_parent(path)
-    require_distinct(output, chrome, inputs=inputs)
+    require_distinct(output, chrome, more, inputs=inputs)

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from placer.config.device_settings import DeviceSettings
+from placer.config.device_settings import DevicePlanSettings, DeviceSettings
 from placer.config.devices import load_device
+from placer.core.device.check import check_device_plan
 from placer.core.device.ladder import BitLadder
 from placer.core.device.plan import DevicePlan
+from placer.core.device.planes import PlaneIndex
 from placer.core.device.spec import DeviceSpec
 from placer.core.device.work import DeviceWork
-from placer.core.errors import MismatchError, UsageError
+from placer.core.errors import InfeasibleError, MismatchError, SolverError, UsageError
 from placer.core.timeline import Timeline
 from placer.pipeline.device_planning import plan_device
 from placer.pipeline.generating import read_prompts
@@ -36,6 +38,9 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
+AHEAD_SHARES = (0.0, 0.1, 0.2, 0.3)
+"""Shares of the memory that are tried as room to read ahead."""
+
 
 def work_of(
     trace: RoutingTrace,
@@ -51,7 +56,7 @@ def work_of(
     """
     told = []
     level = None if settings.bits is None else ladder.level_of(settings.bits)
-    if trace.bits_LTK is None and settings.bit_shares:
+    if trace.bits_LTK is None and settings.bit_shares and level is None:
         rng = np.random.default_rng(settings.seed)
         trace = drawn_demand(trace, ladder, settings.bit_shares, rng)
         told.append("the trace has no bits: demand is drawn at random, with device.bit_shares")
@@ -63,6 +68,8 @@ def work_of(
         raise UsageError("the trace has no tokens; record at least one request")
     work = device_work(trace, batches, ladder, level=level)
     if settings.predictor == "none":
+        if learn is not None:
+            raise UsageError("--learn is given, but device.predictor is none; name one in --config, or leave it out")
         return work, told
     if learn is None:
         raise UsageError(
@@ -114,29 +121,67 @@ def plan_for_device(
         seed=settings.seed,
     )
     if settings.predictor != "none":
-        plan, line = _reading_ahead(plan, work, spec, trace)
+        plan, line = _reading_ahead(plan, work, spec, index, chosen, trace)
         told.append(line)
     advice = offload_advice(trace)
     return plan, {"iterations": work.num_iterations, "advice": advice.text, "offloading_pays": advice.pays}, told
 
 
-def _reading_ahead(plan: DevicePlan, work: DeviceWork, spec: DeviceSpec, trace: RoutingTrace) -> tuple[DevicePlan, str]:
+def _reading_ahead(
+    plan: DevicePlan,
+    work: DeviceWork,
+    spec: DeviceSpec,
+    index: PlaneIndex,
+    settings: DevicePlanSettings,
+    trace: RoutingTrace,
+) -> tuple[DevicePlan, str]:
     """The plan with the next layer's planes read ahead, where that is predicted to be faster, and what is to be said.
 
-    The planner's bound is for plans that do not read ahead, so such a plan has none.
+    Tried with shares of the memory moved from residents to the buffer. The planner's bound is for plans that do not
+    read ahead, so such a plan has none.
     """
-    ahead = replace(plan, prefetch_layers=1, bound=None, bound_by="")
-    before, after = (
-        float(_simulated(one, work, spec, trace).iteration_ns().mean())
-        for one in (replace(plan, prefetch_layers=0), ahead)
-    )
-    if not after < before:
-        return (
-            plan,
-            f"reading ahead does not help: {after / 1e3:.1f} us an iteration against {before / 1e3:.1f}; left out",
+
+    def mean_ns(one: DevicePlan) -> float:
+        return float(_simulated(one, work, spec, trace).iteration_ns().mean())
+
+    before = mean_ns(plan)
+    best, least = plan, before
+    for share in AHEAD_SHARES:
+        smaller = plan
+        if share:
+            try:
+                less = replace(spec, memory_mib=spec.memory_mib * (1 - share))
+                smaller = plan_device(work, less, index, settings, hashes=plan.hashes, seed=plan.seed)
+            except InfeasibleError:
+                continue
+        ahead = replace(
+            smaller,
+            prefetch_layers=1,
+            memory_bytes=spec.memory_bytes,
+            buffer_bytes=spec.memory_bytes - smaller.resident_bytes - smaller.cache_bytes,
+            hashes={**smaller.hashes, "device": spec.sha256},
+            bound=None,
+            bound_by="",
+            stopped_by="",
+            objective_name="mean_iteration_ns_flow",
         )
-    said = f"reading ahead: {after / 1e3:.1f} us an iteration instead of {before / 1e3:.1f}; no bound holds for it"
-    return replace(ahead, objective=after), said
+        found = mean_ns(ahead)
+        if found < least:
+            best, least = replace(ahead, objective=found), found
+    if best is plan:
+        return plan, f"reading ahead is not predicted to help ({before / 1e3:.1f} us an iteration without); left out"
+    if broken := check_device_plan(best, index=index, device=spec, work=work):
+        raise SolverError(f"the plan that reads ahead is illegal: {broken[0]}")
+    return (
+        best,
+        f"reading ahead: {least / 1e3:.1f} us an iteration instead of {before / 1e3:.1f}; no bound holds for it",
+    )
+
+
+def _not_ahead(plan: DevicePlan, work: DeviceWork) -> list[str]:
+    if plan.prefetch_layers and work.predicted_BLEK is None:
+        return ["the plan reads ahead, but device.predictor of --config is none: nothing is read ahead"]
+    return []
 
 
 def predict_device(
@@ -153,7 +198,7 @@ def predict_device(
     settings = settings or DeviceSettings()
     refuse_other_model(trace, plan.model, (len(plan.moe_layers), plan.num_experts), "the plan")
     work, told = work_of(trace, plan.ladder, settings, learn=learn)
-    return _simulated(plan, work, load_device(device), trace, fidelity, progress), told
+    return _simulated(plan, work, load_device(device), trace, fidelity, progress), told + _not_ahead(plan, work)
 
 
 def _simulated(
@@ -174,16 +219,16 @@ def measure_plan(
     plan: DevicePlan,
     planes: Path,
     trace: RoutingTrace,
-    device: Path | None,
+    device: Path,
     *,
     learn: RoutingTrace | None = None,
     settings: DeviceSettings | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Timeline], list[str], list[str]]:
-    """The measured Timeline of the trace replayed under the plan, the predicted one where a device is given, warnings.
+    """The measured Timeline of the trace replayed under the plan and the predicted one, their names, and warnings.
 
-    The prediction is made first. Raises MismatchError for planes or a trace of another model, and what `run_device`
-    does.
+    Order and bandwidth limit are those that the device file gives. The prediction is made first. Raises MismatchError
+    for planes or a trace of another model, and what `run_device` does.
     """
     from placer.execute.launch import require_torch
 
@@ -194,8 +239,8 @@ def measure_plan(
     index = load_plane_index(planes)
     refuse_other_model(trace, plan.model, (len(plan.moe_layers), plan.num_experts), "the plan")
     work, told = work_of(trace, plan.ladder, settings, learn=learn)
-    spec = unlimited(plan) if device is None else load_device(device)
-    predicted = [] if device is None else [_simulated(plan, work, spec, trace)]
+    spec = load_device(device)
+    predicted = _simulated(plan, work, spec, trace)
     measured = run_device(
         plan,
         work,
@@ -206,7 +251,7 @@ def measure_plan(
         about={"trace_sha256": trace.sha256},
         progress=progress,
     )
-    return [measured, *predicted], ["measured", "predicted"][: 1 + len(predicted)], told
+    return [measured, predicted], ["measured", "predicted"], told + _not_ahead(plan, work)
 
 
 def generate_with_device(
@@ -215,7 +260,7 @@ def generate_with_device(
     model: Path,
     text: Path,
     routers: Path | None,
-    device: Path | None,
+    device: Path,
     *,
     max_new_tokens: int,
     settings: DeviceSettings | None = None,
@@ -228,17 +273,22 @@ def generate_with_device(
     from placer.execute.device import generate_on_device
 
     settings = settings or DeviceSettings()
+    index, spec, told = load_plane_index(planes), load_device(device), []
     levels_of = None
     if routers is not None:
         from placer.execute.demand import BitRouters
 
-        levels_of = BitRouters.load(routers).levels_of
-    spec = unlimited(plan) if device is None else load_device(device)
+        loaded = BitRouters.load(routers)
+        levels_of = loaded.for_planes(index)
+        if loaded.about.get("planes_sha256", index.sha256) != index.sha256:
+            told.append("the bit routers were trained on other planes")
+    if plan.prefetch_layers:
+        told.append("the plan reads ahead; generation does not, since nothing predicts it")
     prompts = encode(model, read_prompts(text))
     tokens, timeline = generate_on_device(
         model,
         plan,
-        load_plane_index(planes),
+        index,
         spec,
         prompts,
         max_new_tokens,
@@ -246,7 +296,7 @@ def generate_with_device(
         warm_up=settings.warmup,
         progress=progress,
     )
-    return timeline, [repr(said) for said in decode(model, tokens)], []
+    return timeline, [repr(said) for said in decode(model, tokens)], told
 
 
 def export_device(plan: DevicePlan, to: str, output: Path, planes: Path | None) -> tuple[str, list[str]]:
@@ -264,17 +314,3 @@ def refuse_other_model(trace: RoutingTrace, name: str, shape: tuple[int, int], w
             f"the trace is of {trace.model.name!r} with {trace.model.num_sites} sites of {trace.model.num_experts} "
             f"experts, {what} is for {name!r} with {shape[0]} of {shape[1]}; use the same model's"
         )
-
-
-def unlimited(plan: DevicePlan) -> DeviceSpec:
-    """A machine that nothing is known of but that the plan fits: for measuring without predicting."""
-    from placer.core.cluster import LinkClass
-    from placer.core.device.spec import DeviceCompute
-
-    compute = DeviceCompute(layer_us=0, base_us=0, residual_us=0, ffn_tokens=(1, 2), ffn_us=(0.0, 0.0))
-    return DeviceSpec(
-        name="this machine",
-        memory_mib=plan.memory_bytes / 2**20,
-        disk=LinkClass(gbytes_per_s=1.0),
-        compute=compute,
-    )

@@ -23,7 +23,7 @@ from traces.tensorfile import read_tensor_file
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 8, 32, 24
 NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 PLAN = ("device", "plan", "train.safetensors", "--planes", "planes.safetensors", "--device", "device.yaml")
-RUN = ("device", "run", "plan.json", "--planes", "planes.safetensors", "-o", "new.out")
+RUN = ("device", "run", "plan.json", "--planes", "planes.safetensors", "--device", "device.yaml", "-o", "new.out")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_reading_ahead_needs_something_to_learn_from(folder: Path) -> None:
 
 @NEEDS_TORCH
 def test_run_measures_and_predicts(folder: Path) -> None:
-    call = (*RUN[:-1], "measured.json", "--trace", "test.safetensors", "--device", "device.yaml")
+    call = (*RUN[:-1], "measured.json", "--trace", "test.safetensors")
     data = run_json(*call, "--config", "settings.yaml")
     measured, predicted = (Timeline.load(folder / name) for name in ("measured.json", "measured.predicted.json"))
     assert [one["name"] for one in data["timelines"]] == ["measured", "predicted"]
@@ -171,8 +171,11 @@ def test_a_damaged_plane_is_named_before_anything_runs(folder: Path) -> None:
         (2, RUN, "run needs either --trace TRACE, or --model DIR with --text FILE"),
         (2, (*RUN, "--trace", "test.safetensors", "--text", "p.txt"), "run needs either --trace TRACE"),
         (3, (*RUN, "--trace", "nowhere"), "nowhere: does not exist"),
-        (3, ("device", "run", "plan.json", "--planes", "train.safetensors", "--trace", "test.safetensors", "-o", "o"),
-         "holds no expert planes"),
+        (3, ("device", "run", "plan.json", "--planes", "train.safetensors", "--trace", "test.safetensors", "--device",
+             "device.yaml", "-o", "o"), "holds no expert planes"),
+        (2, (*RUN, "--trace", "test.safetensors", "--routers", "r"), "--model and --routers go with --text"),
+        (2, (*RUN, "--model", ".", "--text", "p", "--learn", "l"), "--learn goes with --trace"),
+        (2, (*RUN, "--trace", "test.safetensors", "--learn", "train.safetensors"), "device.predictor is none"),
         (4, (*RUN, "--trace", "other.safetensors"), "with 2 sites of 6 experts, the plan is for 'case' with 2 of 8"),
         (3, (*PLAN, "-o", "new.out", "--config", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
         (2, (*PLAN, "-o", "new.out", "--memory", "much"), "--memory 'much' is not an amount; write 512MiB"),

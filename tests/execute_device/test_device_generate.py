@@ -144,3 +144,40 @@ def test_the_model_s_own_layers_are_timed_for_prefill_and_decode(folder, index) 
     tokens_N, layer_N = model_layer_times(folder, index, placeholder_device(64, 1.0), repetitions=2, seed=0)
     assert {1, 4, 8, 16, 32, 128} <= set(tokens_N.tolist())
     assert (layer_N > 0).all()
+
+
+def random_routers(index, **other):
+    from placer.execute.demand import BitRouters
+
+    generator = torch.Generator().manual_seed(8)
+    levels = len(other.get("bits_K", index.ladder.bits_K))
+    weight_LEKH = torch.randn(2, EXPERTS, levels, other.pop("hidden", HIDDEN), generator=generator)
+    fields = {"model": "case", "moe_layers": index.moe_layers, "bits_K": index.ladder.bits_K} | other
+    return BitRouters(weight_LEKH=weight_LEKH, bias_LEK=torch.zeros(2, EXPERTS, levels), **fields)
+
+
+@needs_transformers
+def test_trained_routers_say_the_levels_of_a_run(index, folder, tmp_path) -> None:
+    from placer.execute.demand import BitRouters
+
+    random_routers(index).save(tmp_path / "routers.safetensors")
+    routers = BitRouters.load(tmp_path / "routers.safetensors")
+
+    def by_hand(site, hidden_NH, expert_NK):
+        logits_NKK = torch.einsum("nh,nckh->nck", hidden_NH, routers.weight_LEKH[site].detach()[expert_NK])
+        return logits_NKK.argmax(dim=-1).numpy() + 1
+
+    plan, device = make_device_plan(index), make_device()
+    tokens = [
+        generate_on_device(folder, plan, index, device, PROMPTS, NEW_TOKENS, levels_of=levels_of)[0]
+        for levels_of in (routers.for_planes(index), by_hand, None)
+    ]
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]
+
+
+@needs_transformers
+@pytest.mark.parametrize("other", [{"hidden": 16}, {"bits_K": (4, 5)}, {"moe_layers": (0, 3)}])
+def test_routers_of_other_planes_are_refused(index, other) -> None:
+    with pytest.raises(MismatchError, match="train routers for them"):
+        random_routers(index, **other).for_planes(index)

@@ -4,13 +4,16 @@ Legend: L routing sites, E experts, K levels of the ladder, T tokens, C experts 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from placer.core.device.planes import PlaneIndex
 from placer.core.errors import InputFileError, MismatchError
 from placer.execute.demand.model import LevelModel
 from traces.tensorfile import TensorSpec, read_tensor_file, write_tensor_file
@@ -67,14 +70,32 @@ class BitRouters(nn.Module):
         """The likeliest level, from 1, for each token and chosen expert, int64 (T, C)."""
         return self.probabilities(site, hidden_TH.float(), expert_TC).argmax(dim=-1) + 1
 
+    def for_planes(self, index: PlaneIndex) -> Callable[[int, Tensor, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+        """What a device's run takes: the level, from 1, of each choice, for planes of this file.
+
+        Raises MismatchError where the routers are of another model or ladder.
+        """
+        self._refuse_other(index.moe_layers, index.num_experts, index.shapes[0][1], index.ladder.bits_K)
+
+        def levels_of(site: int, hidden_NH: Tensor, expert_NC: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            return self.levels_of(site, hidden_NH, torch.from_numpy(expert_NC)).numpy()
+
+        return levels_of
+
     def refuse_misfit(self, model: LevelModel) -> None:
         """Raises MismatchError where the routers are of another model or ladder."""
+        weights = model.weights
+        self._refuse_other(weights.moe_layers, weights.shape_LEK[1], model.backbone.hidden_size, weights.bits_K)
+
+    def _refuse_other(
+        self, moe_layers: tuple[int, ...], num_experts: int, hidden_size: int, bits_K: tuple[int, ...]
+    ) -> None:
         experts, hidden = self.weight_LEKH.shape[1], self.weight_LEKH.shape[3]
         for name, mine, other in (
-            ("layers", self.moe_layers, model.weights.moe_layers),
-            ("experts a layer", experts, model.weights.shape_LEK[1]),
-            ("hidden size", hidden, model.backbone.hidden_size),
-            ("bits", self.bits_K, model.weights.bits_K),
+            ("layers", self.moe_layers, moe_layers),
+            ("experts a layer", experts, num_experts),
+            ("hidden size", hidden, hidden_size),
+            ("bits", self.bits_K, bits_K),
         ):
             if mine != other:
                 raise MismatchError(

@@ -107,6 +107,13 @@ class PlaneReader:
                 self.changed.wait(PATIENCE_S)
             return waited
 
+    def finish(self) -> None:
+        """Returns once no read is under way. Raises what ended the reader."""
+        with self.changed:
+            while self._reading is not None:
+                self.require_alive()
+                self.changed.wait(PATIENCE_S)
+
     def require_alive(self) -> None:
         """Raises what ended the reader, if anything did."""
         assert self._served is not None, "planes are asked for inside the reader's context"

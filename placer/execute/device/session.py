@@ -56,7 +56,7 @@ class Session:
         self.runner.begin_ns = perf_counter_ns()
 
     def end(self) -> None:
-        """The iteration is over; its reads are too, since nothing is read ahead for the next."""
+        """The iteration is over; a read ahead that nobody needed counts to the iteration in which it ends."""
         with self._reader.changed:
             loads = self._reader.loads[:]
             self._reader.loads.clear()

@@ -56,6 +56,8 @@ class SiteRunner:
         """Nothing but the resident planes is in memory, as before the first iteration."""
         arrived, reading = self._reader.settle(-1)
         self._reader.need((), [*arrived, *([] if reading is None else [reading])])
+        # a read ahead that nobody needs is still written to its place
+        self._reader.finish()
         with self._reader.changed:
             self._memory.clear()
         self._cache = self._new_cache()
