@@ -108,8 +108,13 @@ def test_ctrl_c_ends_the_reader_in_the_middle_of_a_slow_read(index) -> None:
             # as the signal would come: while the processor waits
             threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt):
-        attempt(index, device=device, progress=interrupt)
+    # a shell gives its background jobs an ignored SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attempt(index, device=device, progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_expert_larger_than_the_buffer(index) -> None:
