@@ -178,10 +178,18 @@ def _reading_ahead(
     )
 
 
-def _not_ahead(plan: DevicePlan, work: DeviceWork) -> list[str]:
+def _warnings(plan: DevicePlan, work: DeviceWork, spec: DeviceSpec, trace: RoutingTrace) -> list[str]:
+    """Where what runs is not what the plan was made for."""
+    found = []
     if plan.prefetch_layers and work.predicted_BLEK is None:
-        return ["the plan reads ahead, but device.predictor of --config is none: nothing is read ahead"]
-    return []
+        found.append("the plan reads ahead, but device.predictor of --config is none: nothing is read ahead")
+    # `plan --memory` changes the budget alone
+    machines = {spec.sha256, replace(spec, memory_mib=plan.memory_bytes / 2**20).sha256}
+    if plan.hashes.get("device", spec.sha256) not in machines:
+        found.append("the plan was made for another machine; plan again for this device file")
+    if plan.hashes.get("model", trace.model.sha256) != trace.model.sha256:
+        found.append(f"the plan was made for another model than {trace.model.name!r} of the same shape")
+    return found
 
 
 def predict_device(
@@ -198,7 +206,9 @@ def predict_device(
     settings = settings or DeviceSettings()
     refuse_other_model(trace, plan.model, (len(plan.moe_layers), plan.num_experts), "the plan")
     work, told = work_of(trace, plan.ladder, settings, learn=learn)
-    return _simulated(plan, work, load_device(device), trace, fidelity, progress), told + _not_ahead(plan, work)
+    spec = load_device(device)
+    told += _warnings(plan, work, spec, trace)
+    return _simulated(plan, work, spec, trace, fidelity, progress), told
 
 
 def _simulated(
@@ -251,7 +261,7 @@ def measure_plan(
         about={"trace_sha256": trace.sha256},
         progress=progress,
     )
-    return [measured, predicted], ["measured", "predicted"], told + _not_ahead(plan, work)
+    return [measured, predicted], ["measured", "predicted"], told + _warnings(plan, work, spec, trace)
 
 
 def generate_with_device(

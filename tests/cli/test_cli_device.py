@@ -121,6 +121,18 @@ def test_simulate_writes_a_timeline_and_a_chrome_trace(folder: Path, fidelity: s
     assert json.loads((folder / "chrome.json").read_text())["traceEvents"]
 
 
+def test_another_machine_is_told(folder: Path) -> None:
+    call = ("device", "simulate", "plan.json", "--trace", "test.safetensors", "--device", "device.yaml", "-o", "t.json")
+    assert "another machine" not in placer(*call, "--config", "settings.yaml").err
+    text = (folder / "device.yaml").read_text()
+    (folder / "device.yaml").write_text(text.replace("layer_us: 50", "layer_us: 60"))
+    assert "the plan was made for another machine" in placer(*call, "--config", "settings.yaml").err
+    (folder / "device.yaml").write_text(text)
+    planned = placer(*PLAN, "-o", "plan.json", "--config", "settings.yaml", "--memory", "8KiB")
+    assert planned.code == 0
+    assert "another machine" not in placer(*call, "--config", "settings.yaml").err
+
+
 def test_reading_ahead_needs_something_to_learn_from(folder: Path) -> None:
     ahead = ("--config", "ahead.yaml")
     refused(2, *PLAN, "-o", "new.out", *ahead, says="give --learn, a trace of other requests", folder=folder)
