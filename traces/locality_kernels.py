@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-__all__ = ["drop_lowest", "fixed_set_hits", "lookahead_hits", "window_counts"]
+__all__ = ["drop_lowest", "fixed_set_hits", "lookahead_hits", "take_in", "window_counts"]
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -118,15 +118,21 @@ def lookahead_hits(
             expert = expert_A[place]
             clock += 1
             key_E[expert] = (key_E[expert] // clocks - 1) * clocks + clock
-            if is_held_E[expert]:
-                hits += 1
-            else:
-                is_held_E[expert] = True
-                held[count] = expert
-                count += 1
+            hits += is_held_E[expert]
+            count = take_in(held, count, is_held_E, expert)
         count = drop_lowest(held, count, slots, is_held_E, key_E)
         most_held = max(most_held, count)
     return hits, most_held
+
+
+@njit(cache=True, nogil=True)
+def take_in(held: IntArray, count: int, is_held_E: BoolArray, expert: int) -> int:
+    """Puts an expert behind held[:count] unless it is there; returns how many there are."""
+    if is_held_E[expert]:
+        return count
+    is_held_E[expert] = True
+    held[count] = expert
+    return count + 1
 
 
 @njit(cache=True, nogil=True)

@@ -15,13 +15,13 @@ import numpy.typing as npt
 from placer.core.atomic import write_text_atomically
 from placer.core.errors import InputFileError, UsageError
 from placer.core.modes import DISPATCH_MODES, REPLICA_CHOICES, DispatchMode, ReplicaChoice
+from placer.core.plan_file import read_plan_fields, refuse_wrong_types
 from placer.core.schedule import Kind, Schedule
 
 __all__ = ["Plan", "canonical_slots", "relative_gap"]
 
 FORMAT = "placer-plan"
 VERSION = 1
-LARGEST = 1e300
 SCHEDULES = ("prefill", "decode")
 
 
@@ -124,22 +124,15 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Reads what `save` wrote. Raises InputFileError; `check` says whether the plan is legal for a problem."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise InputFileError(f"{path}: is not JSON ({error}); give a plan that placer wrote") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise InputFileError(
-                f"{path}: is not a placer plan (no format: {FORMAT!r}); give what `placer solve` wrote"
-            )
-        if (version := data.pop("version", None)) != VERSION:
-            raise InputFileError(f"{path}: plan version {version!r}; this placer reads version {VERSION}")
-        data.pop("gap", None)
-        names = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - names):
-            raise InputFileError(f"{path}: unknown field {unknown[0]!r}; remove it or use a newer placer")
+        data = read_plan_fields(
+            path,
+            FORMAT,
+            VERSION,
+            {f.name for f in fields(cls)},
+            what="a placer plan",
+            kind="plan",
+            maker="placer solve",
+        )
         try:
             data["slot_expert_LP"] = _matrix(data["slot_expert_LP"], np.int64, "slot_expert_LP")
             if data.get("replica_share_LP") is not None:
@@ -177,21 +170,13 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 def _refuse_wrong_types(data: dict[str, Any]) -> None:
     """What JSON may hold in a field that the constructor does not look at."""
-    for name in ("model", "solver", "status", "stopped_by", "objective_name", "bound_by"):
-        if not isinstance(data.get(name, ""), str):
-            raise ValueError(f"{name} is {data[name]!r}; give a text")
-    for name in ("objective", "bound"):
-        value = data.get(name)
-        if value is not None and (type(value) not in (int, float) or not abs(value) < LARGEST):
-            raise ValueError(f"{name} is {str(value)[:60]!r}; give a number or null")
+    texts = ("model", "solver", "status", "stopped_by", "objective_name", "bound_by")
+    refuse_wrong_types(data, texts=texts, numbers=("objective", "bound"))
     if type(data.get("seed", 0)) is not int:
         raise ValueError(f"seed is {data['seed']!r}; give a whole number")
     layers = data.get("num_hidden_layers")
     if layers is not None and (type(layers) is not int or layers < 1):
         raise ValueError(f"num_hidden_layers is {layers!r}; give a positive integer or null")
-    hashes = data.get("hashes", {})
-    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-        raise ValueError(f"hashes is {str(hashes)[:60]}; give a table of texts")
 
 
 def _rows(rows: list[list[Any]]) -> str:

@@ -13,7 +13,7 @@ from placer.core.device.caches.rules import LFU_HALVING_VISITS
 from placer.core.errors import UsageError
 from solvers.cache.run import CacheRun
 from traces.accesses import Accesses
-from traces.locality_kernels import drop_lowest, lookahead_hits
+from traces.locality_kernels import drop_lowest, lookahead_hits, take_in
 
 __all__ = ["CACHE_RULES", "CacheRule", "simulate_cache"]
 
@@ -100,12 +100,8 @@ def _replay_keys(
         for at in range(start_S[step], start_S[step + 1]):
             expert = expert_A[at]
             key_E[expert] = key_A[at - start_S[0]]
-            if is_held_E[expert]:
-                hits += 1
-            else:
-                is_held_E[expert] = True
-                held[count] = expert
-                count += 1
+            hits += is_held_E[expert]
+            count = take_in(held, count, is_held_E, expert)
         count = drop_lowest(held, count, slots, is_held_E, key_E)
         most_held = max(most_held, count)
     return hits, most_held
@@ -124,12 +120,8 @@ def _replay_lfu(start_S: IntArray, expert_A: Int32Array, slots: int, num_experts
             expert = expert_A[at]
             clock += 1
             key_E[expert] = (key_E[expert] // clocks + 1) * clocks + clock
-            if is_held_E[expert]:
-                hits += 1
-            else:
-                is_held_E[expert] = True
-                held[count] = expert
-                count += 1
+            hits += is_held_E[expert]
+            count = take_in(held, count, is_held_E, expert)
         count = drop_lowest(held, count, slots, is_held_E, key_E)
         most_held = max(most_held, count)
         if (step + 1) % halving == 0:
@@ -151,12 +143,8 @@ def _replay_random(
         for at in range(start_S[step], start_S[step + 1]):
             expert = expert_A[at]
             used_E[expert] = True
-            if is_held_E[expert]:
-                hits += 1
-            else:
-                is_held_E[expert] = True
-                held[count] = expert
-                count += 1
+            hits += is_held_E[expert]
+            count = take_in(held, count, is_held_E, expert)
         if count > slots:
             for place in range(count):
                 chance = rng.integers(0, 1 << 30)

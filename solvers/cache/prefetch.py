@@ -12,6 +12,7 @@ from numba import njit
 from placer.core.errors import UsageError
 from solvers.cache.run import CacheRun
 from traces.accesses import step_accesses, trace_accesses
+from traces.locality_kernels import take_in
 from traces.trace import RoutingTrace
 
 __all__ = ["check_prediction", "corrupted_prediction", "hit_rate_with_prediction"]
@@ -126,12 +127,8 @@ def _replay_predicted(
             expert = expert_A[at]
             clock += 1
             last_E[expert] = clock
-            if is_held_E[expert]:
-                hits += 1
-            else:
-                held[count] = expert
-                is_held_E[expert] = True
-                count += 1
+            hits += is_held_E[expert]
+            count = take_in(held, count, is_held_E, expert)
         count = _drop_oldest(held, count, slots, is_held_E, planned_E, last_E)
         most_held = max(most_held, count)
     return hits, prefetched, most_held

@@ -18,6 +18,7 @@ from placer.core.device.items import ORDER_RULES, OrderRule
 from placer.core.device.ladder import BitLadder
 from placer.core.errors import InputFileError, UsageError
 from placer.core.plan import relative_gap
+from placer.core.plan_file import read_plan_fields, refuse_wrong_types
 
 __all__ = ["DevicePlan"]
 
@@ -26,7 +27,6 @@ IntArray = npt.NDArray[np.int64]
 FORMAT = "placer-device-plan"
 VERSION = 1
 TABLES = ("resident_LE", "ceiling_LE")
-LARGEST = 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,21 +143,15 @@ class DevicePlan:
     @classmethod
     def load(cls, path: Path) -> "DevicePlan":
         """Reads what `save` wrote. Raises InputFileError."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise InputFileError(f"{path}: is not JSON ({error}); give a plan that placer wrote") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise InputFileError(
-                f"{path}: is not a device plan (no format: {FORMAT!r}); give what `placer device plan` wrote"
-            )
-        if (version := data.pop("version", None)) != VERSION:
-            raise InputFileError(f"{path}: device plan version {version!r}; this placer reads version {VERSION}")
-        data.pop("gap", None)
-        if unknown := sorted(set(data) - {each.name for each in fields(cls)}):
-            raise InputFileError(f"{path}: unknown field {unknown[0]!r}; remove it or use a newer placer")
+        data = read_plan_fields(
+            path,
+            FORMAT,
+            VERSION,
+            {each.name for each in fields(cls)},
+            what="a device plan",
+            kind="device plan",
+            maker="placer device plan",
+        )
         try:
             data["ladder"] = BitLadder.from_dict(data["ladder"], where=f"{path}: ladder")
             for name in TABLES:
@@ -187,16 +181,8 @@ def _table(rows: Any, name: str) -> IntArray:
 
 
 def _refuse_wrong_types(data: dict[str, Any]) -> None:
-    for name in ("model", "solver", "status", "stopped_by", "objective_name", "bound_by", "quality_name"):
-        if not isinstance(data.get(name, ""), str):
-            raise ValueError(f"{name} is {data[name]!r}; give a text")
-    for name in ("objective", "bound", "quality_cost"):
-        value = data.get(name)
-        if value is not None and (type(value) not in (int, float) or not abs(value) < LARGEST):
-            raise ValueError(f"{name} is {str(value)[:60]!r}; give a number or null")
+    texts = ("model", "solver", "status", "stopped_by", "objective_name", "bound_by", "quality_name")
+    refuse_wrong_types(data, texts=texts, numbers=("objective", "bound", "quality_cost"))
     for name in ("num_experts", "num_hidden_layers"):
         if type(data[name]) is not int or data[name] < 1:
             raise ValueError(f"{name} is {data[name]!r}; give a positive integer")
-    hashes = data.get("hashes", {})
-    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-        raise ValueError(f"hashes is {str(hashes)[:60]!r}; give a table of texts")

@@ -17,14 +17,13 @@ from placer.core.dispatch import layer_traffic
 from placer.core.errors import ExecutionError
 from placer.core.modes import DISPATCH_MODES, DispatchMode
 from placer.core.replicas import layer_slots
-from placer.execute.calibrate.fit import LinkFit, Quality, fit_experts, fit_line, fit_link, fit_tail
+from placer.execute.calibrate.fit import LinkFit, Quality, fit_experts, fit_line, fit_link, fit_tail, short
 from placer.execute.calibrate.job import CalibrationJob
 
 __all__ = ["Calibration", "assemble", "exchange_tokens", "expert_cases"]
 
 Samples = Mapping[str, npt.NDArray[Any]]
 TRIMMED = 0.1
-DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def assemble(
         "repetitions": job.repetitions,
     }
     empty_ns = float(np.median(_stack(launches, "link/empty")))
-    about["empty_exchange_us"] = _short(empty_ns / 1e3)
+    about["empty_exchange_us"] = short(empty_ns / 1e3)
     links = {}
     for kind in ("intra", "inter", "uplink"):
         if f"link/{kind}" in launches[0]:
@@ -102,12 +101,12 @@ def _link(
     bytes_N = np.array(job.copies_N(kind)) * job.row_bytes * messages
     time_JIN = _stack(launches, f"link/{kind}")
     fit: LinkFit = fit_link(f"link class {kind}", bytes_N, time_JIN)
-    link = LinkClass(gbytes_per_s=_short(fit.gbytes_per_s), alpha_us=_short(max(0.0, fit.alpha_ns - empty_ns) / 1e3))
+    link = LinkClass(gbytes_per_s=short(fit.gbytes_per_s), alpha_us=short(max(0.0, fit.alpha_ns - empty_ns) / 1e3))
     median_N = np.median(time_JIN.reshape(-1, len(bytes_N)), axis=0)
     about = _about(fit.quality) | {
         "burst_bytes": round(fit.burst_bytes),
         "bytes": bytes_N.tolist(),
-        "median_us": [_short(value / 1e3) for value in median_N],
+        "median_us": [short(value / 1e3) for value in median_N],
     }
     return link, about
 
@@ -131,7 +130,7 @@ def _with_tail(
         if cluster.nodes == 2 and "uplink" in links:
             # all that crosses an uplink counts as one message there, so the tail is a slower uplink
             uplink = found["uplink"]
-            links["uplink"] = replace(uplink, gbytes_per_s=_short(uplink.gbytes_per_s / tail))
+            links["uplink"] = replace(uplink, gbytes_per_s=short(uplink.gbytes_per_s / tail))
         return replace(cluster, **links)
 
     def predict(tail: float) -> npt.NDArray[np.float64]:
@@ -139,12 +138,12 @@ def _with_tail(
 
     tail, residual = fit_tail(predict, time_N)
     about = {
-        "tail": _short(tail),
-        "max_residual": _short(residual),
-        "mean_us": [_short(value / 1e3) for value in time_N],
-        "closed_form_us": [_short(value / 1e3) for value in predict(tail)],
+        "tail": short(tail),
+        "max_residual": short(residual),
+        "mean_us": [short(value / 1e3) for value in time_N],
+        "closed_form_us": [short(value / 1e3) for value in predict(tail)],
     }
-    return tailed(max(1.0, _short(tail))), about
+    return tailed(max(1.0, short(tail))), about
 
 
 def _experts(job: CalibrationJob, launches: Sequence[Samples]) -> tuple[Compute, int | None, dict[str, Any]]:
@@ -162,19 +161,19 @@ def _experts(job: CalibrationJob, launches: Sequence[Samples]) -> tuple[Compute,
     launch_ns = fit.launch_ns + (job.experts_per_rank * fit.read_ns if fit.form == "sum" else 0.0)
     read_ns = max(fit.read_ns if fit.form == "max" else 0.0, job.rows[0] * fit.row_ns)
     compute = Compute(
-        tflops=_short(2 * job.expert_params / fit.row_ns / 1e3),
-        weight_read_gbytes_per_s=_short(job.expert_bytes / read_ns),
-        launch_us=_short(launch_ns / 1e3),
+        tflops=short(2 * job.expert_params / fit.row_ns / 1e3),
+        weight_read_gbytes_per_s=short(job.expert_bytes / read_ns),
+        launch_us=short(launch_ns / 1e3),
     )
     solo = fit_experts("experts of one rank alone", experts_N, rows_N, solo_JIN)
     about = _about(fit.quality) | {
         "experts": experts_N.tolist(),
         "rows": rows_N.tolist(),
-        "median_us": [_short(value / 1e3) for value in np.median(together_JIN, axis=(0, 1))],
+        "median_us": [short(value / 1e3) for value in np.median(together_JIN, axis=(0, 1))],
         "form": fit.form,
-        "read_us": _short(fit.read_ns / 1e3),
-        "together_over_solo": _short(slower),
-        "solo_tflops": _short(2 * job.expert_params / solo.row_ns / 1e3),
+        "read_us": short(fit.read_ns / 1e3),
+        "together_over_solo": short(slower),
+        "solo_tflops": short(2 * job.expert_params / solo.row_ns / 1e3),
     }
     return compute, shared, about
 
@@ -192,14 +191,14 @@ def _software(
         time_JIN = np.maximum(1.0, _stack(launches, f"exchange/{mode}") - links_N) / 2
         fit = fit_line(f"exchanges under {mode}", tokens_N, time_JIN)
         exchanges[mode] = ExchangeCost(
-            fixed_us=_short(max(0.0, fit.alpha_ns) / 1e3), token_us=_short(1 / fit.gbytes_per_s / 1e3)
+            fixed_us=short(max(0.0, fit.alpha_ns) / 1e3), token_us=short(1 / fit.gbytes_per_s / 1e3)
         )
         about[mode] = _about(fit.quality) | {
             "tokens": tokens_N.astype(int).tolist(),
-            "median_us": [_short(value / 1e3) for value in np.median(time_JIN, axis=(0, 1))],
+            "median_us": [short(value / 1e3) for value in np.median(time_JIN, axis=(0, 1))],
         }
     layer_ns = float(np.median(_stack(launches, "layer"))) * waiting
-    return Software(layer_us=_short(layer_ns / 1e3), exchanges=exchanges), about
+    return Software(layer_us=short(layer_ns / 1e3), exchanges=exchanges), about
 
 
 def _links_ns(job: CalibrationJob, cluster: ClusterSpec, mode: DispatchMode, tokens: int) -> int:
@@ -228,13 +227,9 @@ def _trimmed_mean(values_IN: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 def _about(quality: Quality) -> dict[str, Any]:
     return {
         "r2": round(quality.r2, 5),
-        "max_residual": _short(quality.max_residual),
-        "spread": _short(quality.spread),
+        "max_residual": short(quality.max_residual),
+        "spread": short(quality.spread),
     }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
 
 
 def _memory_gib(num_ranks: int) -> float:

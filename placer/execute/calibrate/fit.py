@@ -26,12 +26,14 @@ __all__ = [
     "fit_line",
     "fit_link",
     "fit_tail",
+    "short",
 ]
 
 FloatArray = npt.NDArray[np.float64]
 
 MIN_R2 = 0.95
 MAX_RESIDUAL = 0.35
+DIGITS = 4
 BELIEVED = 0.25
 """A bucket is believed where it leaves no more than this share of what the plain line leaves."""
 
@@ -238,3 +240,8 @@ def _quality(time_N: FloatArray, fitted_N: FloatArray, slopes: list[float]) -> Q
     r2 = float(1 - left / total) if total > 0 else 0.0
     spread = (max(slopes) - min(slopes)) / abs(float(np.median(slopes)) or 1.0)
     return Quality(r2, float(np.abs(fitted_N / time_N - 1).max()), float(spread))
+
+
+def short(value: float) -> float:
+    """The figures of a calibration that mean something."""
+    return float(f"{value:.{DIGITS}g}")

@@ -16,7 +16,7 @@ from placer.core.cluster import LinkClass
 from placer.core.device.planes import PlaneIndex
 from placer.core.device.spec import DeviceCompute, DeviceSpec
 from placer.core.errors import ExecutionError, UsageError
-from placer.execute.calibrate.fit import MAX_RESIDUAL, fit_line
+from placer.execute.calibrate.fit import MAX_RESIDUAL, fit_line, short
 from placer.execute.device.bench import (
     LoopTimes,
     loop_times,
@@ -31,7 +31,6 @@ __all__ = ["calibrate_device", "fit_compute"]
 
 FloatArray = npt.NDArray[np.float64]
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DIGITS = 4
 
 
 def calibrate_device(
@@ -96,16 +95,16 @@ def _disk(
     loads = times_of_loads(index, device, top_k=top_k, iterations=repetitions, seed=seed)
     more_ns = np.mean([np.median(times) - fit.alpha_ns - size / fit.gbytes_per_s for size, times in loads.items()])
     link = LinkClass(
-        gbytes_per_s=_short(fit.gbytes_per_s), alpha_us=_short(max(0.0, fit.alpha_ns + float(more_ns)) / 1e3)
+        gbytes_per_s=short(fit.gbytes_per_s), alpha_us=short(max(0.0, fit.alpha_ns + float(more_ns)) / 1e3)
     )
     about = {
-        "r2": _short(fit.quality.r2),
-        "max_residual": _short(fit.quality.max_residual),
+        "r2": short(fit.quality.r2),
+        "max_residual": short(fit.quality.max_residual),
         "bytes": sizes,
-        "median_us": [_short(time / 1e3) for time in np.median(time_IN, axis=0)],
-        "loop_median_us": {str(size): _short(float(np.median(times)) / 1e3) for size, times in loads.items()},
+        "median_us": [short(time / 1e3) for time in np.median(time_IN, axis=0)],
+        "loop_median_us": {str(size): short(float(np.median(times)) / 1e3) for size, times in loads.items()},
         "loop_residual": {
-            str(size): _short((link.alpha_ns + size / link.gbytes_per_s) / float(np.median(times)) - 1)
+            str(size): short((link.alpha_ns + size / link.gbytes_per_s) / float(np.median(times)) - 1)
             for size, times in loads.items()
         },
         "limit_mbytes_per_s": limit,
@@ -143,20 +142,20 @@ def fit_compute(times: LoopTimes, tokens: Sequence[int], *, nested: bool) -> tup
     base_us = max(0.0, float(min(whole_N)) - slope * tokens[0])
     layer_us, layer_token_us, r2 = _line(times.tokens_N, times.layer_N / 1e3)
     compute = DeviceCompute(
-        layer_us=_short(layer_us),
-        layer_token_us=_short(layer_token_us),
-        base_us=_short(base_us),
-        residual_us=_short(residual_us),
+        layer_us=short(layer_us),
+        layer_token_us=short(layer_token_us),
+        base_us=short(base_us),
+        residual_us=short(residual_us),
         ffn_tokens=tuple(int(n) for n in tokens),
-        ffn_us=tuple(_short(max(0.0, float(value) - base_us)) for value in whole_N),
-        io_slowdown=_short(times.slowdown),
+        ffn_us=tuple(short(max(0.0, float(value) - base_us)) for value in whole_N),
+        io_slowdown=short(times.slowdown),
     )
     about = {
-        "expert_us": [[_short(value) for value in row] for row in expert_KN.tolist()],
-        "expert_max_residual": _short(residual),
+        "expert_us": [[short(value) for value in row] for row in expert_KN.tolist()],
+        "expert_max_residual": short(residual),
         "layer_tokens": times.tokens_N.tolist(),
-        "layer_median_us": [_short(value / 1e3) for value in times.layer_N.tolist()],
-        "layer_r2": _short(r2),
+        "layer_median_us": [short(value / 1e3) for value in times.layer_N.tolist()],
+        "layer_r2": short(r2),
     }
     return compute, about
 
@@ -173,7 +172,3 @@ def _line(x_N: npt.NDArray[np.int64], y_N: FloatArray) -> tuple[float, float, fl
     total = float(((y_N - y_N.mean()) ** 2).sum())
     left = float(((y_N - start - slope * x_N) ** 2).sum())
     return start, slope, 1 - left / total if total > 0 else 0.0
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
